@@ -1,0 +1,76 @@
+# Trivet: `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+GO      ?= go
+BIN     := bin
+CMDS    := ca ocsp lb hsmd pkictl
+FUZZ    ?= 5s
+
+# What the race detector runs over: everything but the end-to-end scenarios, whose processes are built with it.
+PACKAGES = $(shell $(GO) list ./... | grep -v -e '/e2e' -e '/bench')
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: ## install the Debian packages that are missing
+	@ops/install.sh run
+
+.PHONY: build
+build: ## build bin/ca, bin/ocsp, bin/lb, bin/hsmd, bin/pkictl
+	@mkdir -p $(BIN)
+	@echo "build: $(CMDS:%=bin/%)"
+	@$(GO) build -o $(BIN)/ $(CMDS:%=./cmd/%)
+
+.PHONY: demo
+demo: install build ## start the whole cluster here, issue, check and revoke a first certificate, leave it running
+	@$(BIN)/pkictl demo up && $(BIN)/pkictl demo try
+
+.PHONY: demo-down
+demo-down: ## stop the demo and remove all of it
+	@if [ -x $(BIN)/pkictl ]; then $(BIN)/pkictl demo down; else echo "demo-down: bin/pkictl is not built, so no demo was started from here"; fi
+
+.PHONY: lint
+lint: ## gofmt, vet, staticcheck, and the import rules of ops/lint/imports.yaml
+	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt: run gofmt -w on:"; echo "$$out"; exit 1; fi
+	@$(GO) vet ./...
+	@$(GO) tool staticcheck ./...
+	@$(GO) test -count=1 ./ops/lint
+
+.PHONY: test-fast
+test-fast: ## the tests that need no database and no HSM, without the race detector
+	@$(GO) test -short ./...
+
+.PHONY: test
+test: ## everything that must pass before a merge: lint, all tests under the race detector, end to end, fuzz seeds
+	@ops/install.sh test
+	@$(MAKE) --no-print-directory lint
+	@echo "test: packages, race detector"
+	@$(GO) test -race -p 1 -timeout 15m $(PACKAGES)
+	@$(MAKE) --no-print-directory build
+	@echo "test: end to end"
+	@$(GO) test -count=1 -p 1 -timeout 20m ./e2e
+
+.PHONY: chaos
+chaos: build ## kill each kind of process under load; table and build/chaos.json (CHAOS=name for one row)
+	@ops/install.sh test
+	@mkdir -p build
+	@$(GO) test -count=1 -v -timeout 30m -run 'TestKill' ./e2e -args -chaos-table
+
+.PHONY: bench
+bench: build ## measure beside references; table and build/bench.json (BENCH=name for one row)
+	@ops/install.sh test
+	@mkdir -p build
+	@$(GO) run ./bench
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZ (default 5s) each
+	@set -e; for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
+	  for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$pkg/*_test.go | sed 's/func //'); do \
+	    echo "fuzz: $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ) $$pkg; done; done
+
+.PHONY: clean
+clean: ## remove bin/ and build/
+	@rm -rf $(BIN) build
