@@ -1,0 +1,184 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"trivet/hsm"
+	"trivet/identity"
+	"trivet/problem"
+)
+
+// Client speaks to one hsmd over mTLS (HTTP/1.1 with keep-alive). It is safe for concurrent use, never retries, and
+// wants a deadline on every context. Every error is an *hsm.Error; an agent that cannot be reached, or does not answer
+// in time, is ClassDevice with the transport's error inside.
+type Client struct {
+	name, base string
+	http       *http.Client
+}
+
+// maxAnswer bounds what is read of an answer: an inventory of 10,000 keys is about 6 MB.
+const maxAnswer = 16 << 20
+
+// NewClient makes a client of the member called name at addr (host:port); whoever answers there must be the hsmd of
+// exactly that name. It connects to nothing yet.
+func NewClient(name, addr string, id *identity.Identity) *Client {
+	config := id.ClientTLS(identity.RoleHSMD)
+	chain := config.VerifyConnection
+	config.VerifyConnection = func(cs tls.ConnectionState) error {
+		if chain != nil {
+			if err := chain(cs); err != nil {
+				return err
+			}
+		}
+		p, err := identity.FromCertificate(cs.PeerCertificates[0])
+		if err != nil {
+			return err
+		}
+		if p.Name != name {
+			return fmt.Errorf("peer is %s, want the hsmd called %s", p, name)
+		}
+		return nil
+	}
+	return &Client{name: name, base: "https://" + addr, http: &http.Client{Transport: &http.Transport{
+		TLSClientConfig: config, MaxIdleConnsPerHost: 64, IdleConnTimeout: 90 * time.Second,
+		DialContext:         (&net.Dialer{Timeout: 2 * time.Second, KeepAlive: 5 * time.Second}).DialContext,
+		TLSHandshakeTimeout: 2 * time.Second, DisableCompression: true,
+	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}
+}
+
+// Name is the member's name.
+func (c *Client) Name() string { return c.name }
+
+// Close closes idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Health says what the member is and how its own test signature went last.
+func (c *Client) Health(ctx context.Context) (info hsm.Info, err error) {
+	err = c.do(ctx, "health", http.MethodGet, "/v1/health", nil, &info)
+	return info, err
+}
+
+// Inventory lists every key in the token, foreign ones too.
+func (c *Client) Inventory(ctx context.Context) ([]hsm.KeyRecord, error) {
+	var out keysResponse
+	err := c.do(ctx, "inventory", http.MethodGet, "/v1/keys", nil, &out)
+	return out.Keys, err
+}
+
+// Sign returns one ECDSA ASN.1 signature per SHA-256 digest, in order: all or an error. At most hsm.MaxBatch digests.
+// The signatures are not verified here.
+func (c *Client) Sign(ctx context.Context, key hsm.KeyID, digests [][]byte) ([][]byte, error) {
+	var out signResponse
+	if err := c.do(ctx, "sign", http.MethodPost, "/v1/sign", signRequest{key, digests}, &out); err != nil {
+		return nil, err
+	}
+	if len(out.Signatures) != len(digests) {
+		return nil, hsm.Errorf(hsm.ClassDevice, "sign", "member %s gave %d signatures for %d digests", c.name, len(out.Signatures), len(digests))
+	}
+	return out.Signatures, nil
+}
+
+// Challenge returns the member's signature over hsm.ChallengeDigest(group, c.Name(), incarnation, key, nonce), to be
+// verified by the caller. The nonce has hsm.MinNonce to hsm.MaxNonce octets.
+func (c *Client) Challenge(ctx context.Context, group string, key hsm.KeyID, nonce []byte) (sig []byte, incarnation string, err error) {
+	var out challengeResponse
+	err = c.do(ctx, "challenge", http.MethodPost, "/v1/challenge", challengeRequest{group, key, nonce}, &out)
+	return out.Signature, out.Incarnation, err
+}
+
+// Generate makes a key in the token. Repeating it with the same spec returns the key that is there.
+func (c *Client) Generate(ctx context.Context, spec hsm.KeySpec) (k hsm.KeyRecord, err error) {
+	err = c.do(ctx, "generate", http.MethodPost, "/v1/keys", spec, &k)
+	return k, err
+}
+
+// Export wraps a key with the domain key.
+func (c *Client) Export(ctx context.Context, key hsm.KeyID) (b hsm.Blob, err error) {
+	err = c.do(ctx, "export", http.MethodPost, "/v1/export", exportRequest{key}, &b)
+	return b, err
+}
+
+// Import unwraps a key into the token and returns it once it has made a signature that verifies with blob.SPKI.
+// Repeating it returns the key that is there; another key with the same id is refused and left alone.
+func (c *Client) Import(ctx context.Context, blob hsm.Blob) (k hsm.KeyRecord, err error) {
+	err = c.do(ctx, "import", http.MethodPost, "/v1/import", blob, &k)
+	return k, err
+}
+
+// TransportKey returns the member's transport key with its agent's signature: opaque octets, to be handed to
+// ExportDomain of another member.
+func (c *Client) TransportKey(ctx context.Context) (transport []byte, err error) {
+	var out transportKey
+	err = c.do(ctx, "transport-key", http.MethodGet, "/v1/transport-key", nil, &out)
+	return out.Transport, err
+}
+
+// GenerateDomain makes the domain key called kek; nothing happens when the token holds it already, and a token that
+// holds another one refuses.
+func (c *Client) GenerateDomain(ctx context.Context, kek string) error {
+	return c.do(ctx, "domain-generate", http.MethodPost, "/v1/domain", domainRequest{kek}, &none{})
+}
+
+// ExportDomain wraps the domain key for the member whose TransportKey is given.
+func (c *Client) ExportDomain(ctx context.Context, transport []byte) (wrapped []byte, kek string, err error) {
+	var out wrappedDomain
+	err = c.do(ctx, "domain-export", http.MethodPost, "/v1/domain/export", transportKey{transport}, &out)
+	return out.Wrapped, out.KEK, err
+}
+
+// ImportDomain takes the domain key called kek, wrapped by another member's ExportDomain. Nothing happens when the
+// token holds that very key.
+func (c *Client) ImportDomain(ctx context.Context, kek string, wrapped []byte) error {
+	return c.do(ctx, "domain-import", http.MethodPost, "/v1/domain/import", wrappedDomain{kek, wrapped}, &none{})
+}
+
+func (c *Client) do(ctx context.Context, op, method, path string, in, out any) error {
+	if _, ok := ctx.Deadline(); !ok {
+		return hsm.Errorf(hsm.ClassRequest, op, "calling %s without a deadline", c.name)
+	}
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return hsm.Errorf(hsm.ClassRequest, op, "encoding the request: %w", err)
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
+	if err != nil {
+		return hsm.Errorf(hsm.ClassRequest, op, "making the request: %w", err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return hsm.Errorf(hsm.ClassDevice, op, "calling %s: %w", c.name, err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err == nil && len(answer) > maxAnswer {
+		err = errors.New("the answer is too long")
+	}
+	if err != nil {
+		return hsm.Errorf(hsm.ClassDevice, op, "reading the answer of %s: %w", c.name, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var p problem.Problem
+		if json.Unmarshal(answer, &p) != nil || p.Detail == "" {
+			p.Detail = strings.TrimSpace("member " + c.name + " answered " + resp.Status)
+		}
+		return toError(op, resp.StatusCode, p)
+	}
+	if err := json.Unmarshal(answer, out); err != nil {
+		return hsm.Errorf(hsm.ClassDevice, op, "decoding the answer of %s: %w", c.name, err)
+	}
+	return nil
+}

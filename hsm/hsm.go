@@ -1,0 +1,209 @@
+// Package hsm holds the words that both sides of the HSM wire share: key names, purposes, blobs, error classes and the
+// rule which role may use which key. It talks to nothing itself; hsm/pkcs11 is the token, hsm/agent carries it over mTLS.
+package hsm
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// Bounds that both sides check, so that neither has to trust the other.
+const (
+	// DigestSize is the length in octets of every digest handed to Sign: SHA-256, nothing else.
+	DigestSize = 32
+	// MaxBatch is the greatest number of digests in one Sign call.
+	MaxBatch = 128
+	// MaxBlob is the greatest length in octets of a wrapped key: an RSA-4096 PKCS#8 is about 2.4 KiB.
+	MaxBlob = 8 << 10
+	// MinNonce and MaxNonce bound the nonce of a challenge, in octets.
+	MinNonce, MaxNonce = 16, 64
+)
+
+// KeyID names a key everywhere: lower-case hex of the 16 random octets in CKA_ID. Slots, serials and handles are never
+// names, because they differ between members.
+type KeyID string
+
+// NewKeyID draws a fresh key id from the operating system's generator.
+func NewKeyID() KeyID {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // documented never to fail
+	return KeyIDOf(b[:])
+}
+
+// KeyIDOf names the key whose CKA_ID is id.
+func KeyIDOf(id []byte) KeyID { return KeyID(hex.EncodeToString(id)) }
+
+// Bytes is the CKA_ID. The error says what is wrong with a malformed id.
+func (k KeyID) Bytes() ([]byte, error) {
+	b, err := hex.DecodeString(string(k))
+	if err != nil || len(b) != 16 || strings.ToLower(string(k)) != string(k) {
+		return nil, fmt.Errorf("key id %.40q is not 32 lower-case hex digits", string(k))
+	}
+	return b, nil
+}
+
+// Purpose is what a key is for. It is part of the unmodifiable label of the key's objects in the token, and hsmd
+// checks it against the caller's role on every use.
+type Purpose string
+
+// The purposes. PurposeProbe keys stay inside one token and sign only random values of its own agent.
+const (
+	PurposeCA    Purpose = "ca"
+	PurposeCRL   Purpose = "crl"
+	PurposeOCSP  Purpose = "ocsp"
+	PurposeAudit Purpose = "audit"
+	PurposeInfra Purpose = "infra"
+	PurposeProbe Purpose = "probe"
+)
+
+// Purposes lists every purpose there is.
+func Purposes() []Purpose {
+	return []Purpose{PurposeCA, PurposeCRL, PurposeOCSP, PurposeAudit, PurposeInfra, PurposeProbe}
+}
+
+// Valid tells whether p is one of Purposes.
+func (p Purpose) Valid() bool {
+	for _, q := range Purposes() {
+		if p == q {
+			return true
+		}
+	}
+	return false
+}
+
+// Algorithm is a key type with its size, spelled as in profiles.
+type Algorithm string
+
+// P256 is ECDSA on NIST P-256, the one algorithm generated and cloned so far.
+const P256 Algorithm = "P-256"
+
+// KeySpec is what a key is asked to be.
+type KeySpec struct {
+	ID        KeyID     `json:"id"`
+	Label     string    `json:"label"`
+	Purpose   Purpose   `json:"purpose"`
+	Algorithm Algorithm `json:"algorithm"`
+}
+
+var label = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$`)
+
+// Check refuses a spec that no token of ours would accept, naming the field.
+func (s KeySpec) Check() error {
+	if _, err := s.ID.Bytes(); err != nil {
+		return err
+	}
+	switch {
+	case !label.MatchString(s.Label):
+		return fmt.Errorf("label %.80q must be 1-64 letters, digits, '.', '_', '/' or '-', beginning with a letter or digit", s.Label)
+	case !s.Purpose.Valid():
+		return fmt.Errorf("purpose %.20q is not one of %v", string(s.Purpose), Purposes())
+	case s.Algorithm != P256:
+		return fmt.Errorf("algorithm %.20q is not supported: only %s is", string(s.Algorithm), P256)
+	}
+	return nil
+}
+
+const labelPrefix = "trivet:"
+
+// ObjectLabel is the CKA_LABEL of the key's objects: trivet:{purpose}:{label}.
+func (s KeySpec) ObjectLabel() string { return labelPrefix + string(s.Purpose) + ":" + s.Label }
+
+// ParseObjectLabel reads purpose and label back from a CKA_LABEL; ok is false for an object that is not ours.
+func ParseObjectLabel(s string) (p Purpose, name string, ok bool) {
+	rest, found := strings.CutPrefix(s, labelPrefix)
+	if !found {
+		return "", "", false
+	}
+	purpose, name, found := strings.Cut(rest, ":")
+	p = Purpose(purpose)
+	if !found || !p.Valid() || !label.MatchString(name) {
+		return "", "", false
+	}
+	return p, name, true
+}
+
+// KeyRecord is one key as a token holds it.
+type KeyRecord struct {
+	KeySpec
+	// SPKI is the DER SubjectPublicKeyInfo; empty when the token holds no usable public half.
+	SPKI []byte `json:"spki,omitempty"`
+	// Extractable and Local are the token's attributes: may be wrapped; was made in this token.
+	Extractable bool `json:"extractable"`
+	Local       bool `json:"local"`
+	// Attributes is the hex SHA-256 of the policy attributes, equal for an original and its clone. It leaves out what
+	// cloning must change (LOCAL, ALWAYS_SENSITIVE, NEVER_EXTRACTABLE).
+	Attributes string `json:"attributes"`
+	// Foreign marks an object that is not ours; it is reported and never used. Its Label is the raw one, Purpose empty.
+	Foreign bool `json:"foreign,omitempty"`
+	// Fault says why a key of ours cannot be used: public half missing, two objects with one id.
+	Fault string `json:"fault,omitempty"`
+}
+
+// Blob is one private key wrapped with the group's domain key (AES key wrap with padding, RFC 5649, over PKCS#8).
+type Blob struct {
+	KeySpec
+	SPKI    []byte `json:"spki"`
+	KEK     string `json:"kek"`
+	Wrapped []byte `json:"wrapped"`
+	// MAC is HMAC-SHA256 over Authenticated with the domain's second key. Key wrap itself authenticates the key alone;
+	// without the MAC a carrier could bring a CA key back in with purpose ocsp.
+	MAC []byte `json:"mac"`
+}
+
+// Authenticated is what MAC covers: every other field, each preceded by its length in 4 octets.
+func (b Blob) Authenticated() []byte {
+	return frame("hsmd-blob-v1", []byte(b.ID), []byte(b.Label), []byte(b.Purpose), []byte(b.Algorithm), b.SPKI, []byte(b.KEK), b.Wrapped)
+}
+
+// Check refuses a blob that cannot be imported, before any of it reaches the token.
+func (b Blob) Check() error {
+	if err := b.KeySpec.Check(); err != nil {
+		return err
+	}
+	switch n := len(b.Wrapped); {
+	case n < 24 || n > MaxBlob || n%8 != 0:
+		return fmt.Errorf("wrapped key of %d octets: must be a multiple of 8 between 24 and %d", n, MaxBlob)
+	case len(b.SPKI) == 0 || len(b.SPKI) > MaxBlob:
+		return fmt.Errorf("spki of %d octets: must be 1 to %d", len(b.SPKI), MaxBlob)
+	case len(b.MAC) != 32:
+		return fmt.Errorf("mac of %d octets: must be 32", len(b.MAC))
+	}
+	return CheckDomainName(b.KEK)
+}
+
+// CheckDomainName refuses a name that no domain key may have.
+func CheckDomainName(kek string) error {
+	if !label.MatchString(kek) {
+		return fmt.Errorf("domain key name %.80q must be 1-64 letters, digits, '.', '_', '/' or '-', beginning with a letter or digit", kek)
+	}
+	return nil
+}
+
+// Info is what a member says about itself.
+type Info struct {
+	Member      string `json:"member"`
+	TokenSerial string `json:"token_serial"`
+	TokenLabel  string `json:"token_label"`
+	Model       string `json:"model"`
+	// Incarnation is random per start of the agent; a proof holds for one incarnation only.
+	Incarnation string `json:"incarnation"`
+	// KEK names the domain key the token holds; empty when it has none.
+	KEK string `json:"kek,omitempty"`
+	// Keys counts the usable keys in the token, InFlight the module calls running or queued now, Capacity how many may run at once.
+	Keys     int   `json:"keys"`
+	InFlight int   `json:"in_flight"`
+	Capacity int   `json:"capacity"`
+	Probe    Probe `json:"probe"`
+}
+
+// Probe is the newest result of the agent's own test signature.
+type Probe struct {
+	OK     bool      `json:"ok"`
+	At     time.Time `json:"at"`
+	Millis float64   `json:"millis"`
+	Cause  string    `json:"cause,omitempty"`
+}
