@@ -1,0 +1,737 @@
+package hsmsync_test
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"trivet/hsm"
+	"trivet/hsmsync"
+	"trivet/identity"
+)
+
+// bed is a group of three software members a, b, c with one live key, running as a CA node, in virtual time.
+type bed struct {
+	t       *testing.T
+	group   *hsmsync.Group
+	chain   *memory
+	members []*software
+	record  hsm.KeyRecord
+	key     *hsmsync.Key
+	metrics *prometheus.Registry
+}
+
+func newGroup(t *testing.T, role identity.Role, m hsmsync.Manifest, members []*software, reg prometheus.Registerer) *hsmsync.Group {
+	t.Helper()
+	cfg := hsmsync.Config{Group: "ca", Identity: as(t, role), Manifest: m, Log: logger(t), Metrics: reg}
+	byName := map[string]*software{}
+	for _, s := range members {
+		byName[s.name] = s
+		cfg.Members = append(cfg.Members, hsmsync.Member{Name: s.name, Address: "127.0.0.1:1"})
+	}
+	cfg.Connect = func(m hsmsync.Member) hsmsync.Agent { return byName[m.Name] }
+	g, err := hsmsync.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// inBed runs a test in virtual time: deadlines pass exactly, and when nothing else is left to do.
+func inBed(t *testing.T, test func(*testing.T, *bed)) {
+	as(t, identity.RoleCA) // files are read outside the bubble
+	as(t, identity.RoleSync)
+	synctest.Test(t, func(t *testing.T) {
+		b := &bed{t: t, chain: &memory{}, members: []*software{newSoftware("a"), newSoftware("b"), newSoftware("c")}, metrics: prometheus.NewRegistry()}
+		sync := newGroup(t, identity.RoleSync, b.chain, b.members, nil)
+		if err := sync.CreateDomain(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if b.record, err = sync.CreateKey(t.Context(), "issuing-g1", hsm.PurposeCA, hsm.P256); err != nil {
+			t.Fatal(err)
+		}
+		b.group = newGroup(t, identity.RoleCA, manifest{b.chain}, b.members, b.metrics)
+		stop := run(t, b.group)
+		defer stop()
+		time.Sleep(time.Second)
+		if n, err := b.group.Ready(string(b.record.ID)); n != 3 || err != nil {
+			t.Fatalf("%d members hold a verified copy: %v", n, err)
+		}
+		if b.key, err = b.group.Key(t.Context(), string(b.record.ID)); err != nil {
+			t.Fatal(err)
+		}
+		test(t, b)
+	})
+}
+
+func run(t *testing.T, g *hsmsync.Group) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- g.Run(ctx) }()
+	return func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	}
+}
+
+func digests(n int) [][]byte {
+	out := make([][]byte, n)
+	for i := range out {
+		var b [8]byte
+		binary.BigEndian.PutUint64(b[:], uint64(i))
+		d := sha256.Sum256(b[:])
+		out[i] = d[:]
+	}
+	return out
+}
+
+// sign signs n digests in one batch and checks the signatures.
+func (b *bed) sign(n int) {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(b.t.Context(), 5*time.Second)
+	defer cancel()
+	ds := digests(n)
+	sigs, err := b.key.SignBatch(ctx, ds)
+	if err != nil {
+		b.t.Fatalf("signing: %v", err)
+	}
+	verify(b.t, b.key, ds, sigs)
+}
+
+func verify(t testing.TB, k *hsmsync.Key, ds, sigs [][]byte) {
+	t.Helper()
+	if len(sigs) != len(ds) {
+		t.Fatalf("%d signatures for %d digests", len(sigs), len(ds))
+	}
+	for i := range ds {
+		if !ecdsa.VerifyASN1(k.Public().(*ecdsa.PublicKey), ds[i], sigs[i]) {
+			t.Fatalf("signature %d was released and does not verify", i)
+		}
+	}
+}
+
+// states are the members' states in order.
+func (b *bed) states() string {
+	var out []string
+	for _, m := range b.group.Status().Groups[0].Members {
+		out = append(out, m.State)
+	}
+	return strings.Join(out, " ")
+}
+
+func (b *bed) expect(states string) {
+	b.t.Helper()
+	if got := b.states(); got != states {
+		b.t.Fatalf("members are %q, want %q", got, states)
+	}
+}
+
+func TestWorkIsSpreadOverTheLeastBusyMembers(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", func(_ context.Context, do func() error) error { time.Sleep(10 * time.Millisecond); return do() })
+		}
+		began := time.Now()
+		var all sync.WaitGroup
+		for range 30 {
+			all.Go(func() { b.sign(2) })
+		}
+		all.Wait()
+		for _, m := range b.members {
+			if n := m.count("sign"); n != 10 {
+				t.Errorf("member %s was given %d of 30 batches", m.name, n)
+			}
+		}
+		if d := time.Since(began); d != 10*time.Millisecond {
+			t.Errorf("it took %v: not all at once", d)
+		}
+	})
+}
+
+func TestABusyMemberIsLeftAloneWhileOthersAreIdle(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		release := make(chan struct{})
+		b.members[0].with("sign", func(_ context.Context, do func() error) error { <-release; return do() })
+		var all sync.WaitGroup
+		for range 3 { // one for each member; the first keeps its own
+			all.Go(func() { b.sign(1) })
+		}
+		synctest.Wait()
+		for range 10 {
+			b.sign(1)
+		}
+		if n := b.members[0].count("sign"); n != 1 {
+			t.Errorf("the busy member was given %d batches", n)
+		}
+		close(release)
+		all.Wait()
+	})
+}
+
+func TestAGreatBatchIsSharedByTheMembers(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.sign(1000)
+		for _, m := range b.members {
+			if m.digests < 64 {
+				t.Errorf("member %s signed %d of 1000", m.name, m.digests)
+			}
+		}
+	})
+}
+
+func TestWorkOfADeadMemberIsDoneByAnother(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.members[0].with("*", dead)
+		began := time.Now()
+		for range 10 {
+			b.sign(1)
+		}
+		if d := time.Since(began); d != 0 {
+			t.Errorf("a refused connection cost %v", d)
+		}
+		time.Sleep(2 * time.Second)
+		b.expect("failed active active")
+		before := b.members[0].count("sign")
+		b.sign(10)
+		if b.members[0].count("sign") != before {
+			t.Error("a failed member was given work")
+		}
+	})
+}
+
+func TestAMemberThatDoesNotAnswerInTimeIsSuspectUntilItHasSignedAgain(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.members[0].with("sign", hung)
+		b.members[0].with("challenge", hung)
+		began := time.Now()
+		for b.members[0].count("sign") == 0 {
+			b.sign(1)
+		}
+		if d := time.Since(began); d != 300*time.Millisecond {
+			t.Errorf("a hung member cost %v, want the attempt's 300 ms", d)
+		}
+		time.Sleep(3 * time.Second) // answers health questions all the while
+		b.expect("suspect active active")
+		for range 10 {
+			b.sign(1)
+		}
+		if n := b.members[0].count("sign"); n != 1 {
+			t.Errorf("the suspect was given work %d times", n)
+		}
+		b.members[0].with("sign", nil)
+		b.members[0].with("challenge", nil)
+		time.Sleep(2 * time.Second)
+		b.expect("active active active")
+	})
+}
+
+func TestABatchHasMoreTimeThanOneSignature(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", func(_ context.Context, do func() error) error { time.Sleep(500 * time.Millisecond); return do() })
+		}
+		b.sign(64) // may take 300 + 63·5 ms
+		b.expect("active active active")
+	})
+}
+
+func TestALateAnswerIsDropped(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		release := make(chan struct{})
+		for _, m := range b.members[:2] {
+			m.with("sign", func(_ context.Context, do func() error) error { // deaf to its deadline, and wrong in the end
+				<-release
+				return flipping(t.Context(), do)
+			})
+		}
+		for range 3 {
+			b.sign(3)
+		}
+		close(release)
+		synctest.Wait()
+		if s := b.states(); strings.Contains(s, "quarantined") {
+			t.Fatalf("members are %q: somebody looked at a late answer", s)
+		}
+		for _, m := range b.group.Status().Groups[0].Members {
+			if m.InFlight != 0 {
+				t.Errorf("member %s has %d digests in flight at rest", m.Name, m.InFlight)
+			}
+		}
+	})
+}
+
+func TestAWrongSignatureIsNeverReleasedAndQuarantinesItsMember(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.members[1].with("sign", flipping)
+		for range 9 {
+			b.sign(5)
+		}
+		b.expect("active quarantined active")
+		if n := b.members[1].count("sign"); n != 1 {
+			t.Errorf("the quarantined member was given work %d times", n)
+		}
+		b.members[1].with("sign", nil)
+		b.members[1].restart()
+		time.Sleep(5 * time.Second)
+		b.expect("active quarantined active") // not lifted by itself
+		if err := b.group.Recover("nobody"); err == nil {
+			t.Error("recovered a member that is not there")
+		}
+		if err := b.group.Recover("b"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		b.expect("active active active")
+		err := testutil.GatherAndCompare(b.metrics, strings.NewReader(`
+# HELP trivet_hsmsync_failovers_total Batches a member did not sign, by class of error; another member was asked.
+# TYPE trivet_hsmsync_failovers_total counter
+trivet_hsmsync_failovers_total{cause="bad-signature",group="ca",member="b"} 1
+# HELP trivet_hsmsync_quarantines_total Times a member was quarantined.
+# TYPE trivet_hsmsync_quarantines_total counter
+trivet_hsmsync_quarantines_total{group="ca",member="b"} 1
+# HELP trivet_hsmsync_verified_keys Live keys of which the member has proved its copy.
+# TYPE trivet_hsmsync_verified_keys gauge
+trivet_hsmsync_verified_keys{group="ca",member="a"} 1
+trivet_hsmsync_verified_keys{group="ca",member="b"} 1
+trivet_hsmsync_verified_keys{group="ca",member="c"} 1
+`), "trivet_hsmsync_failovers_total", "trivet_hsmsync_quarantines_total", "trivet_hsmsync_verified_keys")
+		if err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAWrongSignatureIsFoundWhereverItIsInABatch(t *testing.T) {
+	for at := range 8 {
+		inBed(t, func(t *testing.T, b *bed) {
+			for _, m := range b.members {
+				m.with("sign", func(_ context.Context, do func() error) error { return errors.Join(do(), errFlip, flipAt(at)) })
+			}
+			if _, err := b.key.SignBatch(t.Context(), digests(8)); !errors.Is(err, hsmsync.ErrNoMember) {
+				t.Fatalf("signature %d wrong: error %v", at, err)
+			}
+			b.expect("quarantined quarantined quarantined")
+		})
+	}
+}
+
+func TestAWrongNumberOfSignaturesIsAWrongAnswer(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", func(context.Context, func() error) error { return nil })
+		}
+		_, err := b.key.SignBatch(t.Context(), digests(2))
+		if !errors.Is(err, hsmsync.ErrNoMember) {
+			t.Fatalf("error %v, want ErrNoMember", err)
+		}
+		b.expect("quarantined quarantined quarantined")
+	})
+}
+
+func TestANewIncarnationProvesItsKeysBeforeItGetsWork(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		m := b.members[2]
+		m.with("*", dead)
+		time.Sleep(2 * time.Second)
+		m.with("challenge", hung)
+		m.with("*", nil)
+		m.restart()
+		before := m.count("sign")
+		for range 100 {
+			time.Sleep(30 * time.Millisecond)
+			b.sign(1)
+		}
+		if m.count("sign") != before {
+			t.Fatal("it was given work without proof")
+		}
+		m.with("challenge", nil)
+		time.Sleep(3 * time.Second)
+		b.expect("active active active")
+		proofs := m.count("challenge")
+		m.restart()
+		time.Sleep(time.Second)
+		b.expect("active active active")
+		if m.count("challenge") != proofs+1 {
+			t.Errorf("a new incarnation was challenged %d times for one key", m.count("challenge")-proofs)
+		}
+	})
+}
+
+func TestAWrongKeyUnderARightIDIsNotUsed(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		m := b.members[0]
+		other := newSoftKey(t)
+		m.mu.Lock()
+		m.keys[b.record.ID] = softKey{b.record.KeySpec, other}
+		m.incarnation++
+		m.mu.Unlock()
+		before := m.count("sign")
+		time.Sleep(time.Second)
+		b.expect("quarantined active active")
+		b.sign(20)
+		if m.count("sign") != before {
+			t.Error("it was given work")
+		}
+	})
+}
+
+func TestAMemberWithoutTheKeyIsLeftOutAndTriedAgain(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		m := b.members[0]
+		m.mu.Lock()
+		k := m.keys[b.record.ID]
+		delete(m.keys, b.record.ID)
+		m.mu.Unlock()
+		for m.count("sign") == 0 {
+			b.sign(1)
+		}
+		time.Sleep(2 * time.Second)
+		b.expect("syncing active active")
+		m.mu.Lock()
+		m.keys[b.record.ID] = k
+		m.mu.Unlock()
+		time.Sleep(2 * time.Second)
+		b.expect("active active active")
+	})
+}
+
+func TestWithoutAnyMemberTheErrorNamesThemAtOnce(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("*", dead)
+		}
+		time.Sleep(2 * time.Second)
+		began := time.Now()
+		_, err := b.key.SignBatch(t.Context(), digests(1))
+		if !errors.Is(err, hsmsync.ErrNoMember) || time.Since(began) != 0 {
+			t.Fatalf("after %v: %v", time.Since(began), err)
+		}
+		for _, want := range []string{"a failed", "b failed", "c failed", "connection refused", "issuing-g1"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("error %q does not mention %q", err, want)
+			}
+		}
+		if n, err := b.group.Ready(string(b.record.ID)); n != 0 || !errors.Is(err, hsmsync.ErrNoMember) {
+			t.Errorf("ready: %d, %v", n, err)
+		}
+		for _, m := range b.members {
+			m.restart()
+			m.with("*", nil)
+		}
+		time.Sleep(time.Second)
+		b.sign(3) // healed by itself
+	})
+}
+
+func TestASuspectIsAskedWhenNoOneElseIsLeft(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", hung) // the machine is overloaded, say
+			m.with("challenge", hung)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := b.key.SignBatch(ctx, digests(1)); err == nil {
+			t.Fatal("signed by nobody")
+		}
+		b.expect("suspect suspect suspect")
+		for _, m := range b.members {
+			m.with("sign", nil)
+		}
+		b.sign(1)
+	})
+}
+
+func TestAFullMemberIsPassedOverButNotSuspect(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.members[0].with("sign", failing(hsm.ClassOverloaded))
+		for range 6 {
+			b.sign(1)
+		}
+		b.expect("active active active")
+		for _, m := range b.members {
+			m.with("sign", failing(hsm.ClassOverloaded))
+		}
+		time.AfterFunc(time.Second, func() { b.members[1].with("sign", nil) })
+		b.sign(1) // waits for the second that is left of its five
+	})
+}
+
+func TestARequestAtFaultIsNotTriedElsewhere(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", failing(hsm.ClassRequest))
+		}
+		_, err := b.key.SignBatch(t.Context(), digests(1))
+		if hsm.ClassOf(err) != hsm.ClassRequest {
+			t.Fatal(err)
+		}
+		if n := b.members[0].count("sign") + b.members[1].count("sign") + b.members[2].count("sign"); n != 1 {
+			t.Errorf("asked %d members", n)
+		}
+		for _, m := range b.members {
+			m.with("sign", failing(hsm.ClassDenied))
+		}
+		if _, err = b.key.SignBatch(t.Context(), digests(1)); hsm.ClassOf(err) != hsm.ClassDenied {
+			t.Fatal(err)
+		}
+		b.expect("active active active")
+	})
+}
+
+func TestARefusedPINQuarantines(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.members[0].with("sign", failing(hsm.ClassPIN))
+		for range 3 {
+			b.sign(1)
+		}
+		b.expect("quarantined active active")
+	})
+}
+
+func TestTheCallersEndIsNoFaultOfTheMembers(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", hung)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		if _, err := b.key.SignBatch(ctx, digests(1)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		b.expect("active active active")
+	})
+}
+
+func TestMembersAreAskedAgainAsLongAsTheCallerWaits(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		var failed atomic.Int64
+		for _, m := range b.members {
+			m.with("sign", func(_ context.Context, do func() error) error {
+				if failed.Add(1) <= 5 {
+					return hsm.Errorf(hsm.ClassDevice, "sign", "CKR_DEVICE_ERROR")
+				}
+				return do()
+			})
+		}
+		b.sign(1)
+	})
+}
+
+func TestConcurrentSignCallsShareBatches(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		for _, m := range b.members {
+			m.with("sign", func(_ context.Context, do func() error) error { time.Sleep(5 * time.Millisecond); return do() })
+		}
+		const callers = 200
+		ds := digests(callers)
+		sigs := make([][]byte, callers)
+		var all sync.WaitGroup
+		for i := range callers {
+			all.Go(func() {
+				var err error
+				if sigs[i], err = b.key.Sign(nil, ds[i], crypto.SHA256); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		verify(t, b.key, ds, sigs)
+		calls := 0
+		for _, m := range b.members {
+			calls += m.count("sign")
+		}
+		if calls > 1+200/64+1 {
+			t.Errorf("%d callers took %d calls", callers, calls)
+		}
+		began := time.Now()
+		if _, err := b.key.Sign(nil, ds[0], crypto.SHA256); err != nil || time.Since(began) != 5*time.Millisecond {
+			t.Errorf("a lone caller waited %v: %v", time.Since(began), err)
+		}
+	})
+}
+
+func TestOnlySHA256DigestsAreSigned(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		if _, err := b.key.Sign(nil, make([]byte, 48), crypto.SHA384); err == nil {
+			t.Error("signed a SHA-384 digest")
+		}
+		if _, err := b.key.Sign(nil, make([]byte, 20), crypto.SHA256); err == nil {
+			t.Error("signed 20 octets")
+		}
+		if _, err := b.key.SignBatch(t.Context(), [][]byte{make([]byte, 32), nil}); err == nil {
+			t.Error("signed nothing")
+		}
+		if sigs, err := b.key.SignBatch(t.Context(), nil); len(sigs) != 0 || err != nil {
+			t.Error(sigs, err)
+		}
+	})
+}
+
+func TestSigningGoesOnWithoutTheDatabase(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.chain.fail(errors.New("database is gone"))
+		time.Sleep(time.Minute)
+		b.members[0].restart()
+		time.Sleep(time.Second)
+		b.expect("active active active")
+		b.sign(10)
+		if _, err := b.group.Key(t.Context(), string(b.record.ID)); err != nil {
+			t.Error(err)
+		}
+		if _, err := b.group.Key(t.Context(), string(hsm.NewKeyID())); err == nil || !strings.Contains(err.Error(), "database is gone") {
+			t.Errorf("an unknown key: %v", err)
+		}
+	})
+}
+
+func TestADatabaseThatWentBackTakesNoKeyAway(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.chain.mu.Lock()
+		b.chain.entries = b.chain.entries[:len(b.chain.entries)-1] // without "live"
+		b.chain.mu.Unlock()
+		time.Sleep(10 * time.Second)
+		b.sign(1)
+	})
+}
+
+func TestAKeyOfAnotherRoleIsRefused(t *testing.T) {
+	as(t, identity.RoleOCSP)
+	inBed(t, func(t *testing.T, b *bed) {
+		before := b.members[0].count("challenge")
+		g := newGroup(t, identity.RoleOCSP, b.chain, b.members, nil)
+		defer run(t, g)()
+		time.Sleep(time.Second)
+		if _, err := g.Key(t.Context(), string(b.record.ID)); err == nil || !strings.Contains(err.Error(), "may not sign") {
+			t.Errorf("an ocsp node got the CA's key: %v", err)
+		}
+		if n, _ := g.Ready(string(b.record.ID)); n != 0 || b.members[0].count("challenge") != before {
+			t.Errorf("ready on %d members, challenged %d times", n, b.members[0].count("challenge")-before)
+		}
+		if err := g.CreateDomain(t.Context()); err == nil {
+			t.Error("an ocsp node may manage keys")
+		}
+	})
+}
+
+func TestAnAddressThatBelongsToAnotherMemberIsNotUsed(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.members[0].mu.Lock()
+		b.members[0].name = "b"
+		b.members[0].mu.Unlock()
+		time.Sleep(3 * time.Second)
+		b.expect("failed active active")
+	})
+}
+
+func TestANewKeyIsTakenUpByRunningGroups(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		sync := newGroup(t, identity.RoleSync, b.chain, b.members, nil)
+		r, err := sync.CreateKey(t.Context(), "issuing-g2", hsm.PurposeCA, hsm.P256)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := b.group.Key(t.Context(), string(r.ID)) // asked for before the manifest is read again
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if n, err := b.group.Ready(string(r.ID)); n != 3 {
+			t.Fatalf("ready on %d: %v", n, err)
+		}
+		b.key = k
+		b.sign(1)
+	})
+}
+
+func TestAKeyThatIsNoLongerLiveSignsNoMore(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		n := uint64(len(b.chain.events()) + 1)
+		// An event of a later version: what it means is not known here, but not "live".
+		if err := b.chain.Append(t.Context(), "ca", hsmsync.Entry{
+			N: n, Event: "retired", Subject: string(b.record.ID), Payload: []byte("{}"), Actor: "x", Created: time.Now()}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Second)
+		if _, err := b.key.SignBatch(t.Context(), digests(1)); err == nil || !strings.Contains(err.Error(), "retired") {
+			t.Fatalf("error %v", err)
+		}
+		if _, err := b.group.Key(t.Context(), string(b.record.ID)); err == nil || !strings.Contains(err.Error(), "retired") {
+			t.Fatalf("error %v", err)
+		}
+	})
+}
+
+func TestStatusHasTheAgreedShape(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		out, err := json.Marshal(b.group.Status())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got struct {
+			Groups []struct {
+				Name    string
+				Epoch   int
+				Members []struct {
+					Name, State string
+					Standby     *bool
+					Inflight    *int
+					Keys        []struct {
+						ID, Label, Purpose, State string
+						ProvedAt                  time.Time `json:"proved_at"`
+					}
+				}
+			}
+		}
+		d := json.NewDecoder(bytes.NewReader(out))
+		if err := d.Decode(&got); err != nil {
+			t.Fatal(err)
+		}
+		g := got.Groups[0]
+		m := g.Members[0]
+		if g.Name != "ca" || g.Epoch < 1 || len(g.Members) != 3 || m.Name != "a" || m.State != "active" || m.Standby == nil || m.Inflight == nil {
+			t.Fatalf("%s", out)
+		}
+		if k := m.Keys[0]; k.ID != string(b.record.ID) || k.Label != "issuing-g1" || k.Purpose != "ca" || k.State != "verified" || k.ProvedAt.IsZero() {
+			t.Fatalf("%s", out)
+		}
+	})
+}
+
+func TestAGroupIsCheckedWhenMade(t *testing.T) {
+	id := as(t, identity.RoleCA)
+	good := hsmsync.Config{Group: "ca", Identity: id, Manifest: &memory{}, Log: logger(t), Members: []hsmsync.Member{{Name: "a", Address: "127.0.0.1:1"}}}
+	for name, spoil := range map[string]func(*hsmsync.Config){
+		"no name":     func(c *hsmsync.Config) { c.Group = "" },
+		"no members":  func(c *hsmsync.Config) { c.Members = nil },
+		"no manifest": func(c *hsmsync.Config) { c.Manifest = nil },
+		"one twice":   func(c *hsmsync.Config) { c.Members = append(c.Members, c.Members[0]) },
+	} {
+		cfg := good
+		spoil(&cfg)
+		if _, err := hsmsync.New(cfg); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if _, err := hsmsync.New(good); err != nil {
+		t.Error(fmt.Errorf("a good one: %w", err))
+	}
+}
