@@ -1,0 +1,26 @@
+package api
+
+import (
+	"net/http"
+)
+
+// DecodeIssue reads the body of a request for a certificate and returns it as it was understood, or the name of the problem.
+func DecodeIssue(body []byte) (profile, csr, name string) {
+	var v issueBody
+	if p := decodeJSON(body, &v); p != nil {
+		return "", "", p.Name()
+	}
+	return v.Profile, v.CSR, ""
+}
+
+// ParseClientCert tells whether the header's values are one certificate.
+func ParseClientCert(values []string) bool {
+	_, ok := parseClientCert(values)
+	return ok
+}
+
+// Accepted returns the media type chosen.
+func Accepted(accept string) string {
+	media, _ := accepted(&http.Request{Header: http.Header{"Accept": {accept}}})
+	return media
+}

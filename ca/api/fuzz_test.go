@@ -1,0 +1,64 @@
+package api_test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"trivet/ca/api"
+)
+
+// Whatever is let pass says the same to a lax decoder: nothing was understood that the text does not say once and plainly.
+func FuzzDecodeIssue(f *testing.F) {
+	for _, seed := range []string{
+		`{"profile":"tls-server","csr":"x"}`, `{"profile":"a","profile":"b"}`, `{"Profile":"a"}`, `{"subject":{"common_name":"x"}}`, `{"sans":[{"type":"dns","value":"x"}]}`,
+		`null`, `[]`, `{}`, `{"a":`, `{"profile":"\ud800"}`, "{\"profile\":\"\xff\"}", `{"not_after":"2027-01-01T00:00:00Z"}`, `{} {}`, strings.Repeat("[", 100),
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		profile, csr, name := api.DecodeIssue(body)
+		if name != "" {
+			return
+		}
+		var lax map[string]json.RawMessage
+		if err := json.Unmarshal(body, &lax); err != nil {
+			t.Fatalf("%q passed and is no JSON object: %v", body, err)
+		}
+		for field, want := range map[string]string{"profile": profile, "csr": csr} {
+			var got string
+			if raw, ok := lax[field]; ok && json.Unmarshal(raw, &got) == nil && got != want {
+				t.Errorf("%q: %s is %q, understood as %q", body, field, got, want)
+			}
+		}
+		for field := range lax {
+			if field != strings.ToLower(field) {
+				t.Errorf("%q: field %q passed", body, field)
+			}
+		}
+	})
+}
+
+func FuzzClientCert(f *testing.F) {
+	f.Add(":AAAA:")
+	f.Add("::")
+	f.Add(":=:")
+	f.Fuzz(func(t *testing.T, value string) {
+		if api.ParseClientCert([]string{value}) && (!strings.HasPrefix(strings.TrimLeft(value, " "), ":") || strings.Contains(value, ",")) {
+			t.Errorf("%q passed", value)
+		}
+	})
+}
+
+func FuzzAccept(f *testing.F) {
+	f.Add("application/json;q=0.5, */*;q=0.1")
+	f.Add("text/html")
+	f.Add(";;;,,,q=")
+	f.Fuzz(func(t *testing.T, accept string) {
+		switch api.Accepted(accept) {
+		case "", "application/json", "application/pem-certificate-chain", "application/pkix-cert":
+		default:
+			t.Errorf("%q", accept)
+		}
+	})
+}

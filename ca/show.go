@@ -1,0 +1,81 @@
+package ca
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"sync"
+
+	"trivet/db"
+	"trivet/journal"
+)
+
+// maxShown is how many certificates a Viewer remembers to have journalled.
+const maxShown = 1 << 16
+
+// Viewer shows certificates that are on record. Showing one is releasing it: what it returns was read causally, verified, and is in this
+// node's journal. It is safe for concurrent use.
+type Viewer struct {
+	e *Engine
+
+	mu    sync.Mutex
+	shown map[[32]byte]bool // SHA-256 of certificates journalled by this incarnation; forgetting one costs an fsync
+}
+
+// NewViewer returns a Viewer of the engine's record.
+func NewViewer(e *Engine) *Viewer { return &Viewer{e: e, shown: map[[32]byte]bool{}} }
+
+// Certificate returns what is on record of a serial, nil if there is no such intent. Every error is an *Error.
+func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error) {
+	c, err := v.e.record.Certificate(ctx, issuer, serial)
+	if err != nil {
+		return nil, databaseError("reading the certificate", err)
+	}
+	if c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert {
+		return c, nil
+	}
+	digest := sha256.Sum256(c.Outcome.DER)
+	v.mu.Lock()
+	known := v.shown[digest]
+	v.mu.Unlock()
+	if known {
+		return c, nil
+	}
+	if err := v.release(c); err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.shown) >= maxShown {
+		clear(v.shown)
+	}
+	v.shown[digest] = true
+	return c, nil
+}
+
+func (v *Viewer) release(c *db.Certificate) error {
+	id := c.Intent.Issuer + ":" + hex.EncodeToString(c.Intent.Serial)
+	a, ok := v.e.Authorities().Issuer(c.Intent.Issuer)
+	if !ok || a.Certificate == nil {
+		return unavailable(CANotActive, nil, "%s is not known here yet: repeat the request", c.Intent.Issuer)
+	}
+	tbs, err := tbsOf(c.Outcome.DER)
+	if err == nil {
+		_, err = verifyIssued(c.Outcome.DER, tbs, a.Certificate.PublicKey)
+	}
+	if err != nil {
+		v.e.cfg.Log.Error("the record holds a certificate that does not verify: it is not shown", "id", id, "err", err)
+		return unavailable(DatabaseUnavailable, err, "the certificate on record does not verify: the operators must look at it")
+	}
+	record, err := journal.New(journal.Done{
+		Issuer: c.Intent.Issuer, Serial: hex.EncodeToString(c.Intent.Serial), Ver: int(c.Outcome.Ver), DER: c.Outcome.DER,
+		Lane: c.Outcome.Lane, Seq: c.Outcome.Seq, Kind: journal.DoneCert,
+	})
+	if err == nil {
+		err = v.e.log.Append(record)
+	}
+	if err != nil {
+		return v.e.journalFailed(err)
+	}
+	return nil
+}
