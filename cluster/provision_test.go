@@ -1,0 +1,177 @@
+package cluster
+
+import (
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"trivet/identity"
+)
+
+// snapshot reads every file below dir.
+func snapshot(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		files[strings.TrimPrefix(path, dir)] = string(data)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+func provisioned(t *testing.T) Layout {
+	t.Helper()
+	l, err := NewLayout(filepath.Join(t.TempDir(), "demo"), "127.95.0.0/16")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := prepareDir(l); err != nil {
+		t.Fatal(err)
+	}
+	if err := provision(l); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func TestProvisioningAgainChangesNothing(t *testing.T) {
+	l := provisioned(t)
+	before := snapshot(t, l.Dir)
+	if err := provision(l); err != nil {
+		t.Fatal(err)
+	}
+	after := snapshot(t, l.Dir)
+	for name, text := range before {
+		if after[name] != text {
+			t.Errorf("%s changed", name)
+		}
+	}
+	if len(after) != len(before) {
+		t.Errorf("%d files became %d", len(before), len(after))
+	}
+}
+
+func TestSecretsAreTheirOwnersAlone(t *testing.T) {
+	l := provisioned(t)
+	for name := range snapshot(t, l.Dir) {
+		if !strings.HasPrefix(name, "/secret/") && !strings.HasSuffix(name, "key.pem") && !strings.HasSuffix(name, ".key") {
+			continue
+		}
+		st, err := os.Stat(l.Dir + name)
+		if err != nil || st.Mode().Perm() != 0o600 {
+			t.Errorf("%s: mode %v, %v", name, st.Mode(), err)
+		}
+	}
+}
+
+func TestEverybodyHasTheIdentityOfTheirRole(t *testing.T) {
+	l := provisioned(t)
+	want := map[string]identity.Role{}
+	for _, p := range people {
+		want[p.name] = p.role
+	}
+	for _, p := range l.Parts() {
+		want[p.Name] = identity.Role(p.Role)
+	}
+	for name, role := range want {
+		id, err := identity.Load(l.Files(name))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if p := id.Principal(); p != (identity.Principal{Cluster: Name, Role: role, Name: name}) {
+			t.Errorf("%s is %s", name, p)
+		}
+		if left := time.Until(id.NotAfter()); left < identityLifetime/2 {
+			t.Errorf("identity of %s ends in %s", name, left)
+		}
+	}
+}
+
+func TestDirectoryWithOtherFilesIsRefusedAndNeverRemoved(t *testing.T) {
+	dir := t.TempDir()
+	precious := filepath.Join(dir, "precious")
+	if err := os.WriteFile(precious, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l, err := NewLayout(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := prepareDir(l); err == nil || !strings.Contains(err.Error(), "--dir") {
+		t.Errorf("preparing it: %v, want a refusal that says what to do", err)
+	}
+	if err := removeDir(l); err == nil {
+		t.Error("it was removed")
+	}
+	if _, err := os.Stat(precious); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestBusyAddressIsNamedWithItsHolder(t *testing.T) {
+	l, err := NewLayout(t.TempDir(), "127.95.0.0/16")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkAddresses(l, 0); err != nil {
+		t.Fatal(err)
+	}
+	addr := l.role(RoleLB)[0].Addresses["public"]
+	ln := listenOn(t, addr)
+	defer ln.Close()
+	err = checkAddresses(l, 0)
+	if err == nil {
+		t.Fatal("a busy address was not noticed")
+	}
+	for _, want := range []string{addr, "lb1", "--network", "pid "} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("error %q does not name %s", err, want)
+		}
+	}
+}
+
+func TestControlSocketWorksInADeepDirectory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), strings.Repeat("deep/", 40))
+	l, err := NewLayout(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(l.run(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ln, err := listenControl(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	st, err := os.Stat(l.socket())
+	if err != nil || st.Mode().Perm()&0o077 != 0 {
+		t.Errorf("the socket is open to others: %v, %v", st.Mode(), err)
+	}
+	go func() { _ = http.Serve(ln, http.NotFoundHandler()) }()
+	if err := newControl(l).call(t.Context(), "GET", "/status", nil, nil); err == nil || !strings.Contains(err.Error(), "404") {
+		t.Errorf("error %v, want the server's own", err)
+	}
+}
+
+func listenOn(t *testing.T, addr string) net.Listener {
+	t.Helper()
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ln
+}
