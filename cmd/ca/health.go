@@ -1,0 +1,210 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"trivet/ca"
+	"trivet/health"
+	"trivet/identity"
+	"trivet/problem"
+)
+
+// healthLoop makes the node's report every 250 ms from what is known already: asking costs nothing, and asking often changes nothing.
+type healthLoop struct {
+	n       *node
+	version string
+
+	begun    atomic.Bool // the node serves
+	draining atomic.Bool
+	latest   atomic.Pointer[health.Report]
+
+	mu   sync.Mutex
+	wait error // what the start waits for
+}
+
+func newHealthLoop(n *node) *healthLoop {
+	h := &healthLoop{n: n, version: version(), wait: errors.New("starting")}
+	h.make(context.Background())
+	return h
+}
+
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return s.Value
+		}
+	}
+	return info.Main.Version
+}
+
+func (h *healthLoop) run(ctx context.Context) error {
+	tick := time.NewTicker(healthEvery)
+	defer tick.Stop()
+	watchdog, _ := daemon.SdWatchdogEnabled(false) // no watchdog is none to feed
+	fed := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		h.make(ctx)
+		// That this loop goes round is what the watchdog watches.
+		if watchdog > 0 && time.Since(fed) >= watchdog/3 {
+			_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+			fed = time.Now()
+		}
+	}
+}
+
+func (h *healthLoop) begin() {
+	h.begun.Store(true)
+	h.make(context.Background())
+}
+
+func (h *healthLoop) drain() {
+	h.draining.Store(true)
+	h.make(context.Background())
+}
+
+func (h *healthLoop) waiting(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.wait = err
+}
+
+// report returns the newest report; its State follows a drain at once.
+func (h *healthLoop) report() health.Report { return *h.latest.Load() }
+
+// make builds the report. The engine, the database's probes and the group keep what it is built from.
+func (h *healthLoop) make(ctx context.Context) {
+	incarnation := h.n.journal.Incarnation()
+	r := &health.Report{
+		Node: h.n.cfg.Node, Role: string(identity.RoleCA), Incarnation: hex.EncodeToString(incarnation[:]), Version: h.version, Time: time.Now().UTC(),
+		State: health.OK, Capabilities: map[string]health.Capability{},
+	}
+	check := func(name string, err error, detail string) {
+		c := health.Check{Name: name, OK: err == nil, Detail: detail}
+		if err != nil {
+			c.Detail = err.Error()
+		}
+		r.Checks = append(r.Checks, c)
+	}
+	able := func(name string, causes ...error) {
+		c := health.Capability{OK: true}
+		if err := errors.Join(causes...); err != nil {
+			c = health.Capability{Cause: err.Error()}
+			r.State = health.Degraded
+		}
+		r.Capabilities[name] = c
+	}
+
+	database := h.n.store.Ready()
+	healthy, nodes := 0, h.n.store.Nodes()
+	for _, node := range nodes {
+		if node.Healthy {
+			healthy++
+		}
+	}
+	check("database", database, fmt.Sprintf("%d of %d nodes", healthy, len(nodes)))
+	var journal error
+	select {
+	case <-h.n.journal.Failed():
+		journal = errors.New("the journal has failed")
+	default:
+	}
+	check("journal", journal, "")
+
+	if !h.begun.Load() {
+		h.mu.Lock()
+		start := h.wait
+		h.mu.Unlock()
+		check("start", start, "")
+		for _, name := range []string{"read", "revoke", "admin"} {
+			able(name, start)
+		}
+		h.publish(r)
+		return
+	}
+	able("read", database, journal)
+	able("revoke", database, journal)
+	able("admin", journal)
+	for _, a := range h.n.engine.Authorities().All() {
+		if a.Certificate == nil || a.State == ca.StateExternal || a.Group != h.n.cfg.HSM.Group {
+			continue
+		}
+		members, err := h.n.group.Ready(a.KeyID)
+		check("hsm:"+a.Issuer, err, fmt.Sprintf("%d members hold the key", members))
+		able("crl:"+a.Issuer, database, journal, err)
+	}
+	for name, err := range h.issue(ctx) {
+		able(name, err)
+	}
+	h.publish(r)
+}
+
+// issue asks the engine what it can issue, and the group whether some member can sign for it now.
+func (h *healthLoop) issue(ctx context.Context) map[string]error {
+	ctx, cancel := context.WithTimeout(ctx, healthEvery)
+	defer cancel()
+	capabilities := h.n.engine.Health(ctx)
+	snapshot := h.n.engine.Authorities()
+	for _, a := range snapshot.All() {
+		name := "issue:" + a.CA
+		if err, listed := capabilities[name]; !listed || err != nil {
+			continue
+		}
+		if active, err := snapshot.Issuing(a.CA, time.Now()); err == nil {
+			if _, err := h.n.group.Ready(active.KeyID); err != nil {
+				capabilities[name] = err
+			}
+		}
+	}
+	return capabilities
+}
+
+func (h *healthLoop) publish(r *health.Report) {
+	if h.draining.Load() {
+		r.State = health.Draining
+	}
+	h.latest.Store(r)
+}
+
+// handler is what the listeners serve until the node is ready: its health, to members of the cluster, and 503 for all else.
+func (h *healthLoop) handler() http.Handler {
+	mux := http.NewServeMux()
+	reports := health.Handler(h.report)
+	for _, path := range []string{"/livez", "/readyz", "/healthz"} {
+		mux.Handle("GET "+path, reports)
+	}
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		p := problem.New(http.StatusServiceUnavailable, ca.DatabaseUnavailable, "the node is starting: repeat the request at another node or later")
+		p.RetryAfter = 1
+		problem.Write(w, p)
+	})
+	return identity.Allow(mux, identity.Roles()...)
+}
+
+// switchHandler is a handler that is replaced once.
+type switchHandler struct{ current atomic.Pointer[http.Handler] }
+
+func (s *switchHandler) set(h http.Handler) { s.current.Store(&h) }
+
+// ServeHTTP serves with the handler in force.
+func (s *switchHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	(*s.current.Load()).ServeHTTP(w, r)
+}

@@ -1,0 +1,291 @@
+// Command hsmd is the agent of one HSM: the only process that loads the PKCS#11 module and the only one that knows the
+// PIN. It serves the token over mTLS and ends itself whenever the module hangs or loses its session; its supervisor
+// starts it again.
+//
+//	hsmd --config FILE [--check]
+//	hsmd init-token --config FILE
+//
+// Exit codes: 0 stopped, 1 failed (start it again), 2 usage, 78 the PIN was refused (do not start it again).
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sync/errgroup"
+
+	"trivet/health"
+	"trivet/hsm/agent"
+	"trivet/hsm/pkcs11"
+	"trivet/identity"
+	"trivet/journal"
+)
+
+// errUsage is a command line that makes no sense.
+var errUsage = errors.New("usage: hsmd [init-token] --config FILE [--check]")
+
+func main() {
+	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	err := run(ctx, os.Args[1:], os.Stdout, log)
+	switch {
+	case err == nil:
+		return
+	case errors.Is(err, errUsage):
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
+	}
+	log.Error("ending", "error", err.Error())
+	if errors.Is(err, errPIN) {
+		os.Exit(78)
+	}
+	os.Exit(1) // runs no C exit handler, so that a hung or broken module cannot keep the process
+}
+
+func run(ctx context.Context, args []string, stdout io.Writer, log *slog.Logger) error {
+	initToken := len(args) > 0 && args[0] == "init-token"
+	if initToken {
+		args = args[1:]
+	}
+	flags := flag.NewFlagSet("hsmd", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	path := flags.String("config", "", "configuration file")
+	check := flags.Bool("check", false, "check the configuration and stop")
+	if err := flags.Parse(args); err != nil {
+		return fmt.Errorf("%w: %w", errUsage, err)
+	}
+	if *path == "" || flags.NArg() > 0 {
+		return errUsage
+	}
+	cfg, err := readConfig(*path)
+	if err != nil {
+		return err
+	}
+	switch {
+	case *check:
+		fmt.Fprintln(stdout, "ok")
+		return nil
+	case initToken:
+		return makeToken(cfg, stdout, log)
+	}
+	return serve(ctx, cfg, log.With("node", cfg.Node))
+}
+
+// makeToken initialises a blank token and has it make its own keys, so that the first start is quick. It takes the audit
+// record first, as serve does: that keeps it away from a token that a running agent holds.
+func makeToken(cfg *Config, stdout io.Writer, log *slog.Logger) error {
+	if cfg.SOPINFile == "" {
+		return errors.New("checking configuration: init-token needs so_pin_file")
+	}
+	record, err := journal.Open(journal.Config{Dir: filepath.Join(cfg.StateDir, "audit"), Node: cfg.Node, Log: log})
+	if err != nil {
+		return err
+	}
+	defer record.Close()
+	if err := enter(record, agent.Act{Actor: "operator", Event: "init-token", Object: cfg.Token, Outcome: "begun"}); err != nil {
+		return err
+	}
+	made, err := pkcs11.Init(pkcs11.InitConfig{Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, SOPINFile: cfg.SOPINFile})
+	if err != nil {
+		return err
+	}
+	token, err := newPINGuard(cfg).open(pkcs11.Config{Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, Log: log})
+	if err != nil {
+		return err
+	}
+	info := token.Info()
+	if err := token.Close(); err != nil {
+		return err
+	}
+	what := "was there already and is unchanged"
+	if made {
+		what = "was initialised"
+	}
+	if err := enter(record, agent.Act{Actor: "operator", Event: "init-token", Object: cfg.Token, Outcome: "ok", Detail: what}); err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "token %s (%s, serial %s) %s; it holds %d keys\n", cfg.Token, info.Model, info.TokenSerial, what, info.Keys)
+	return nil
+}
+
+// serve runs the agent until ctx ends or the token is lost.
+func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
+	id, err := identity.Load(cfg.Identity)
+	if err != nil {
+		return err
+	}
+	if want := (identity.Principal{Cluster: cfg.Cluster, Role: identity.RoleHSMD, Name: cfg.Node}); id.Principal() != want {
+		return fmt.Errorf("checking identity: certificate is for %s, configuration says %s", id.Principal(), want)
+	}
+	record, err := journal.Open(journal.Config{Dir: filepath.Join(cfg.StateDir, "audit"), Node: cfg.Node, Log: log})
+	if err != nil {
+		return err
+	}
+	defer record.Close()
+	incarnation := record.Incarnation()
+
+	// Listening comes before logging in: a second agent of the same token fails here, before it touches the token.
+	listener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return fmt.Errorf("listening: %w", err)
+	}
+	defer listener.Close()
+	token, err := newPINGuard(cfg).open(pkcs11.Config{
+		Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, MaxSessions: cfg.Sessions + 2, PoolWait: cfg.CallTimeout, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	lost := make(chan error, 1)
+	server, err := agent.NewServer(agent.Config{
+		Token: token, Identity: id, Member: cfg.Node, Incarnation: hex.EncodeToString(incarnation[:]), Version: version(),
+		Capacity: cfg.Sessions, Queue: cfg.Queue, CallTimeout: cfg.CallTimeout, ProbeEvery: cfg.ProbeEvery,
+		Audit: func(a agent.Act) error { return enter(record, a) },
+		Fatal: func(err error) { lost <- err }, Log: log, Metrics: metrics,
+	})
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/", server.Handler())
+	mux.Handle("GET /metrics", identity.Allow(promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}), identity.Roles()...))
+	web := &http.Server{
+		Handler: mux, TLSConfig: id.ServerTLS(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
+		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+
+	// inner ends after web: the probe and the audit counts go on while the last requests are answered.
+	inner, endInner := context.WithCancel(context.WithoutCancel(ctx))
+	defer endInner()
+	group, outer := errgroup.WithContext(ctx)
+	group.Go(func() error { return server.Run(inner) })
+	group.Go(func() error { return id.Watch(outer, 10*time.Second, log) })
+	group.Go(func() error { return reloadOnHangup(outer, id, log) })
+	group.Go(func() error { return feedSystemd(outer, server) })
+	group.Go(func() error {
+		if err := web.ServeTLS(listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serving: %w", err)
+		}
+		return nil
+	})
+	log.Info("serving", "listen", cfg.Listen, "token", cfg.Token, "incarnation", hex.EncodeToString(incarnation[:]), "version", version())
+
+	var cause error
+	select {
+	case <-outer.Done():
+		server.Drain()
+		cause = shutdown(web, 5*time.Second)
+	case cause = <-lost:
+		// Whoever waits has its 503 in hand; give the answers a moment, then go. The token cannot be closed any more.
+		return errors.Join(cause, shutdown(web, 250*time.Millisecond))
+	}
+	endInner()
+	err = group.Wait()
+	closed := make(chan error, 1)
+	go func() { closed <- token.Close() }()
+	select {
+	case failed := <-closed:
+		return errors.Join(cause, err, failed)
+	case cause := <-lost: // Close waits for running calls, so a hung one must be waited for no longer
+		return cause
+	}
+}
+
+func shutdown(web *http.Server, grace time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), grace)
+	defer cancel()
+	if err := web.Shutdown(ctx); err != nil {
+		_ = web.Close()
+		return fmt.Errorf("answering the last requests: %w", err)
+	}
+	return nil
+}
+
+// enter makes one audit act durable.
+func enter(j *journal.Journal, a agent.Act) error {
+	r, err := journal.New(journal.Audit{Actor: a.Actor, Event: a.Event, Object: a.Object, Outcome: a.Outcome, Detail: a.Detail})
+	if err != nil {
+		return err
+	}
+	return j.Append(r)
+}
+
+func reloadOnHangup(ctx context.Context, id *identity.Identity, log *slog.Logger) error {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-hup:
+			if err := id.Reload(); err != nil {
+				log.Warn("identity not reloaded", "error", err)
+			} else {
+				log.Info("identity reloaded")
+			}
+		}
+	}
+}
+
+// feedSystemd says ready once the token has signed, and then feeds the watchdog, if there is one, while it goes on to.
+func feedSystemd(ctx context.Context, server *agent.Server) error {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		return fmt.Errorf("reading the watchdog interval: %w", err)
+	}
+	every := 100 * time.Millisecond
+	ready := false
+	for tick := time.NewTicker(every); ; {
+		select {
+		case <-ctx.Done():
+			tick.Stop()
+			_, err := daemon.SdNotify(false, daemon.SdNotifyStopping)
+			return err
+		case <-tick.C:
+		}
+		if server.Report().State != health.OK {
+			continue
+		}
+		state := daemon.SdNotifyWatchdog
+		if !ready {
+			ready, state = true, daemon.SdNotifyReady
+			if interval == 0 {
+				interval = 2 * time.Hour // nobody listens
+			}
+			tick.Reset(interval / 2)
+		}
+		if _, err := daemon.SdNotify(false, state); err != nil {
+			return fmt.Errorf("notifying systemd: %w", err)
+		}
+	}
+}
+
+func version() string {
+	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" {
+		return b.Main.Version
+	}
+	return "unknown"
+}
