@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"trivet/cluster"
+	"trivet/load"
+)
+
+// network is the bench cluster's loopback block; prefix its first two octets, for the references' own addresses.
+const (
+	network = "127.89.0.0/16"
+	prefix  = "127.89"
+)
+
+// site is a cluster of the bench's own.
+type site struct {
+	dir     string
+	started time.Duration // until the first certificate
+}
+
+func up(ctx context.Context) (*site, error) {
+	parent, err := os.MkdirTemp("/var/tmp", "trivet-bench-")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(parent, 0o755); err != nil { // the database server's user passes through
+		return nil, err
+	}
+	s := &site{dir: filepath.Join(parent, "cluster")}
+	began := time.Now()
+	if _, err := s.pkictl(ctx, "demo", "up", "--network", network); err != nil {
+		return nil, errors.Join(err, s.down())
+	}
+	issuer, err := s.issuer(ctx, 1)
+	if err == nil {
+		err = issuer.Op(ctx, 1_000_000_000)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("issuing a first certificate: %w", err), s.down())
+	}
+	s.started = time.Since(began)
+	return s, nil
+}
+
+// down leaves nothing behind. It works when the bench was interrupted, too.
+func (s *site) down() error {
+	_, err := s.pkictl(context.Background(), "demo", "down")
+	return errors.Join(err, os.RemoveAll(filepath.Dir(s.dir)))
+}
+
+func (s *site) pkictl(ctx context.Context, args ...string) ([]byte, error) {
+	var stderr strings.Builder
+	cmd := exec.CommandContext(ctx, "bin/pkictl", append(args, "--dir", s.dir)...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("pkictl %s: %w\n%s%s", strings.Join(args, " "), err, stderr.String(), out)
+	}
+	return out, nil
+}
+
+func (s *site) status(ctx context.Context) (cluster.Status, error) {
+	var st cluster.Status
+	out, err := s.pkictl(ctx, "demo", "status", "--output", "json")
+	if err == nil {
+		err = json.Unmarshal(out, &st)
+	}
+	return st, err
+}
+
+func (s *site) process(ctx context.Context, name string) (cluster.Process, error) {
+	st, err := s.status(ctx)
+	if err != nil {
+		return cluster.Process{}, err
+	}
+	for _, p := range st.Processes {
+		if p.Name == name {
+			return p, nil
+		}
+	}
+	return cluster.Process{}, fmt.Errorf("no process %s", name)
+}
+
+// kill ends a process as a crash would.
+func (s *site) kill(name string) error {
+	p, err := s.process(context.Background(), name)
+	if err != nil {
+		return err
+	}
+	if p.PID <= 1 {
+		return fmt.Errorf("%s does not run", name)
+	}
+	return syscall.Kill(p.PID, syscall.SIGKILL)
+}
+
+// well waits until every part can do all it should.
+func (s *site) well(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		_, err := s.pkictl(ctx, "health")
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+func (s *site) issuer(ctx context.Context, clients int) (*load.Issuer, error) {
+	st, err := s.status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	trust, err := os.ReadFile(st.Credentials.Trust)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.LoadX509KeyPair(st.Credentials.Requester.Cert, st.Credentials.Requester.Key)
+	if err != nil {
+		return nil, err
+	}
+	cfg := &tls.Config{RootCAs: x509.NewCertPool(), Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}
+	cfg.RootCAs.AppendCertsFromPEM(trust)
+	return load.NewIssuer(st.Endpoints.API[0], load.NewClient(cfg, clients), 8)
+}
+
+func readCertificate(file string) (*x509.Certificate, error) {
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(raw)
+	if block == nil {
+		return nil, fmt.Errorf("%s holds no PEM", file)
+	}
+	return x509.ParseCertificate(block.Bytes)
+}
+
+var plain = &http.Client{Timeout: 10 * time.Second}
