@@ -51,6 +51,7 @@ type Config struct {
 
 	MaxBatch int           // most certificates in one batch; default 64
 	Collect  time.Duration // longest wait of a job for company while another batch is under way; default 50ms
+	Linger   time.Duration // longest wait of those who waited for a batch for those whom it has answered; default 10ms
 	InFlight int           // batches under way at once; default 2: more make smaller batches, and all of them meet at the lane
 
 	SignTimeout  time.Duration // for one SignBatch; default 2s
@@ -85,6 +86,7 @@ func (c *Config) setDefaults() error {
 	}
 	setDefault(&c.MaxBatch, 64)
 	setDefault(&c.Collect, 50*time.Millisecond)
+	setDefault(&c.Linger, 10*time.Millisecond)
 	setDefault(&c.InFlight, 2)
 	setDefault(&c.SignTimeout, 2*time.Second)
 	setDefault(&c.BatchTimeout, 10*time.Second)

@@ -382,9 +382,10 @@ func (e *Engine) finish(j *job, issued *Issued, err error) {
 
 // collect gathers jobs into batches until ctx ends, and then waits for the batches under way. On an idle node a batch starts at once, since waiting buys
 // nothing. While one is under way jobs gather: a batch costs its transactions and fsyncs whatever its size, so another starts beside it only when
-// it is worth them (a quarter full) or when its first job has waited for Collect.
+// it is worth them (a quarter full) or when its first job has waited for Collect. When the last one has ended, whoever it answered comes back in a moment
+// with the next request: those who waited wait for them up to Linger, and go together, instead of in two batches of half the size that take turns.
 func (e *Engine) collect(ctx context.Context) {
-	ended := make(chan struct{})
+	ended := make(chan int)
 	running := 0
 	defer func() {
 		for ; running > 0; running-- {
@@ -397,19 +398,21 @@ func (e *Engine) collect(ctx context.Context) {
 		jobs := batch
 		batch = nil
 		go func() {
+			size := len(jobs)
 			e.runBatch(jobs)
-			ended <- struct{}{}
+			ended <- size
 		}()
 	}
-	patience := time.NewTimer(e.cfg.Collect)
-	defer patience.Stop()
+	timer := time.NewTimer(e.cfg.Collect)
+	defer timer.Stop()
 	waited := false // batch has waited for as long as it should
+	company := 0    // with this many a batch need not linger
 	for {
 		batch = e.queued(batch)
-		worth := waited || len(batch) >= (e.cfg.MaxBatch+3)/4
-		if len(batch) > 0 && (running == 0 || worth && running < e.cfg.InFlight) {
+		full := waited || len(batch) >= (e.cfg.MaxBatch+3)/4
+		if len(batch) > 0 && (running == 0 && len(batch) >= company || full && running < e.cfg.InFlight) {
 			start()
-			waited = false
+			waited, company = false, 0
 			continue
 		}
 		more := e.queue
@@ -419,12 +422,16 @@ func (e *Engine) collect(ctx context.Context) {
 		select {
 		case j := <-more:
 			if batch = append(batch, j); len(batch) == 1 {
-				patience.Reset(e.cfg.Collect)
+				timer.Reset(e.cfg.Collect)
 			}
-		case <-ended:
-			running--
-		case <-patience.C:
+		case size := <-ended:
+			if running--; running == 0 && len(batch) > 0 && !waited {
+				company = len(batch) + size*7/8
+				timer.Reset(e.cfg.Linger)
+			}
+		case <-timer.C:
 			waited = len(batch) > 0
+			company = 0
 		case <-ctx.Done():
 			if len(batch) > 0 {
 				start()

@@ -163,26 +163,35 @@ func intentOwners(ctx context.Context, q Querier, in []Intent) ([]Intent, error)
 // sweep remembers how far OpenIntents found everything finished, so that it does not read the whole record every time.
 type sweep struct {
 	mu   sync.Mutex
-	from time.Time // no open intent was created before this
+	from time.Time // no intent open at the last reading was created before this
+	deep time.Time // when sweepDeep was last read
 	full time.Time // when everything was last read
 }
 
-// Intents reach the database at most this long after their Created, and everything is read again this often.
+// An intent is looked at once or twice in its life, since at full load an hour of them is a million. Rows are in the
+// database within olderThan of their Created, but for sweepSlack of clocks apart; a minute later sweepDeep is read again for
+// those that a slow retry brought in late, and everything for those that recovery puts back.
 const (
-	sweepSlack = time.Hour
-	sweepFull  = time.Hour
+	sweepSlack     = 2 * time.Second
+	sweepDeep      = 2 * time.Minute
+	sweepDeepEvery = time.Minute
+	sweepFull      = time.Hour
 )
 
 // OpenIntents returns up to limit intents that were created more than olderThan ago and have no outcome, the oldest
-// first, as causally read. Now and then it reads the whole record.
+// first, as causally read. Those that came into the database more than olderThan after their Created may be missing for
+// sweepDeepEvery, those that are older than sweepDeep then for sweepFull.
 func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit int) ([]Intent, error) {
 	s.sweep.mu.Lock()
 	defer s.sweep.mu.Unlock()
 	now := s.cfg.Now()
 	before, from := micros(now.Add(-olderThan)), s.sweep.from
-	full := now.Sub(s.sweep.full) >= sweepFull
-	if full {
+	full, deep := now.Sub(s.sweep.full) >= sweepFull, now.Sub(s.sweep.deep) >= sweepDeepEvery
+	switch deepest := before.Add(-sweepDeep); {
+	case full:
 		from = time.Unix(0, 0)
+	case deep && deepest.Before(from):
+		from = deepest
 	}
 	var out []Intent
 	_, err := s.Read(ctx, "open intents", "", func(ctx context.Context, c *sql.Conn) error {
@@ -201,6 +210,9 @@ func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit 
 	}
 	if full {
 		s.sweep.full = now
+	}
+	if full || deep {
+		s.sweep.deep = now
 	}
 	s.sweep.from = before.Add(-sweepSlack)
 	if len(out) > 0 && out[0].Created.Before(s.sweep.from) {
