@@ -4,16 +4,18 @@ package hsm
 
 import (
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
 
 // Bounds that both sides check, so that neither has to trust the other.
 const (
-	// DigestSize is the length in octets of every digest handed to Sign: SHA-256, nothing else.
+	// DigestSize is the length in octets of a SHA-256 digest; see Algorithm.CheckDigest for what a key signs.
 	DigestSize = 32
 	// MaxBatch is the greatest number of digests in one Sign call.
 	MaxBatch = 128
@@ -75,18 +77,14 @@ func (p Purpose) Valid() bool {
 	return false
 }
 
-// Algorithm is a key type with its size, spelled as in profiles.
-type Algorithm string
-
-// P256 is ECDSA on NIST P-256, the one algorithm generated and cloned so far.
-const P256 Algorithm = "P-256"
-
 // KeySpec is what a key is asked to be.
 type KeySpec struct {
 	ID        KeyID     `json:"id"`
 	Label     string    `json:"label"`
 	Purpose   Purpose   `json:"purpose"`
 	Algorithm Algorithm `json:"algorithm"`
+	// NonExtractable keys never leave the token that made them, wrapped or not: only the vendor can clone them.
+	NonExtractable bool `json:"non_extractable,omitempty"`
 }
 
 var label = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$`)
@@ -101,8 +99,8 @@ func (s KeySpec) Check() error {
 		return fmt.Errorf("label %.80q must be 1-64 letters, digits, '.', '_', '/' or '-', beginning with a letter or digit", s.Label)
 	case !s.Purpose.Valid():
 		return fmt.Errorf("purpose %.20q is not one of %v", string(s.Purpose), Purposes())
-	case s.Algorithm != P256:
-		return fmt.Errorf("algorithm %.20q is not supported: only %s is", string(s.Algorithm), P256)
+	case !s.Algorithm.Valid():
+		return fmt.Errorf("algorithm %.20q is not one of %v", string(s.Algorithm), Algorithms())
 	}
 	return nil
 }
@@ -169,6 +167,8 @@ func (b Blob) Check() error {
 		return fmt.Errorf("wrapped key of %d octets: must be a multiple of 8 between 24 and %d", n, MaxBlob)
 	case len(b.SPKI) == 0 || len(b.SPKI) > MaxBlob:
 		return fmt.Errorf("spki of %d octets: must be 1 to %d", len(b.SPKI), MaxBlob)
+	case b.NonExtractable || !b.Algorithm.Cloneable():
+		return fmt.Errorf("key %s (%s) cannot have been wrapped: it never leaves its token", b.ID, b.Algorithm)
 	case len(b.MAC) != 32:
 		return fmt.Errorf("mac of %d octets: must be 32", len(b.MAC))
 	}
@@ -183,6 +183,21 @@ func CheckDomainName(kek string) error {
 	return nil
 }
 
+// InventoryDigest is the hex SHA-256 over id, purpose, label, SPKI and attributes of the given keys, in the order of their
+// ids: two members with the same keys have the same, whatever made them. Probe keys, foreign and faulty ones do not count.
+func InventoryDigest(keys []KeyRecord) string {
+	keys = slices.Clone(keys)
+	slices.SortFunc(keys, func(a, b KeyRecord) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	h := sha256.New()
+	for _, k := range keys {
+		if k.Foreign || k.Fault != "" || k.Purpose == PurposeProbe {
+			continue
+		}
+		h.Write(frame("", []byte(k.ID), []byte(k.Purpose), []byte(k.Label), []byte(k.Algorithm), k.SPKI, []byte(k.Attributes)))
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 // Info is what a member says about itself.
 type Info struct {
 	Member      string `json:"member"`
@@ -191,8 +206,21 @@ type Info struct {
 	Model       string `json:"model"`
 	// Incarnation is random per start of the agent; a proof holds for one incarnation only.
 	Incarnation string `json:"incarnation"`
-	// KEK names the domain key the token holds; empty when it has none.
-	KEK string `json:"kek,omitempty"`
+	// KEK names the domain key the token holds; empty when it has none. NextKEK names a second one, which it holds while the
+	// group changes from one to the other.
+	KEK     string `json:"kek,omitempty"`
+	NextKEK string `json:"next_kek,omitempty"`
+	// Transport is the hex SHA-256 of the transport key's SPKI: the identity of a token whose serial says nothing.
+	Transport string `json:"transport,omitempty"`
+	// Locked says why the token cannot be used before an operator acts: not activated yet, or its PIN was refused.
+	Locked string `json:"locked,omitempty"`
+	// Site is the site that may write and Epoch its number, as this member learnt them from signed promotion records.
+	Site  string `json:"site,omitempty"`
+	Epoch uint64 `json:"epoch,omitempty"`
+	// Digest is InventoryDigest over the usable keys, Foreign and Faulty the number of objects that are not ours or broken.
+	Digest  string `json:"digest,omitempty"`
+	Foreign int    `json:"foreign,omitempty"`
+	Faulty  int    `json:"faulty,omitempty"`
 	// Keys counts the usable keys in the token, InFlight the module calls running or queued now, Capacity how many may run at once.
 	Keys     int   `json:"keys"`
 	InFlight int   `json:"in_flight"`

@@ -68,7 +68,7 @@ func TestNoTwoChallengesShareADigest(t *testing.T) {
 			return f
 		}
 		digest := func(f [5]string) []byte {
-			return hsm.ChallengeDigest(f[0], f[1], f[2], hsm.KeyID(f[3]), []byte(f[4]))
+			return hsm.ChallengeDigest(hsm.P256, f[0], f[1], f[2], hsm.KeyID(f[3]), []byte(f[4]))
 		}
 		a, b := draw("a"), draw("b")
 		if bytes.Equal(digest(a), digest(b)) != (a == b) {

@@ -1,9 +1,6 @@
 package hsm
 
-import (
-	"crypto/sha256"
-	"encoding/binary"
-)
+import "encoding/binary"
 
 // signers is the whole rule which machine role may sign with which keys. What is not here is denied.
 var signers = map[string][]Purpose{
@@ -31,12 +28,11 @@ func MayChallenge(role string, p Purpose) bool {
 // MayManage tells whether role may generate, export and import keys and handle the domain key.
 func MayManage(role string) bool { return role == "sync" || role == "ceremony" }
 
-// ChallengeDigest is what a member signs to prove that it holds key: SHA-256 over "hsmsync-pop-v1" and the fields, each
-// preceded by its length in 4 octets, so that no two tuples give the same octets. A proof is bound to one incarnation
-// of one member.
-func ChallengeDigest(group, member, incarnation string, key KeyID, nonce []byte) []byte {
-	sum := sha256.Sum256(frame("hsmsync-pop-v1", []byte(group), []byte(member), []byte(incarnation), []byte(key), nonce))
-	return sum[:]
+// ChallengeDigest is what a member signs with a key of kind alg to prove that it holds it: the digest over
+// "hsmsync-pop-v1" and the fields, each preceded by its length in 4 octets, so that no two tuples give the same octets. A
+// proof is bound to one incarnation of one member.
+func ChallengeDigest(alg Algorithm, group, member, incarnation string, key KeyID, nonce []byte) []byte {
+	return alg.Digest(frame("hsmsync-pop-v1", []byte(group), []byte(member), []byte(incarnation), []byte(key), nonce))
 }
 
 // frame joins a domain-separating tag and length-prefixed fields.

@@ -75,20 +75,20 @@ func (c *Client) Inventory(ctx context.Context) ([]hsm.KeyRecord, error) {
 	return out.Keys, err
 }
 
-// Sign returns one ECDSA ASN.1 signature per SHA-256 digest, in order: all or an error. At most hsm.MaxBatch digests.
+// Sign returns one signature per digest, as hsm.Verify takes them, in order: all or an error. At most hsm.MaxBatch digests.
 // The signatures are not verified here.
-func (c *Client) Sign(ctx context.Context, key hsm.KeyID, digests [][]byte) ([][]byte, error) {
+func (c *Client) Sign(ctx context.Context, req hsm.SignRequest) ([][]byte, error) {
 	var out signResponse
-	if err := c.do(ctx, "sign", http.MethodPost, "/v1/sign", signRequest{key, digests}, &out); err != nil {
+	if err := c.do(ctx, "sign", http.MethodPost, "/v1/sign", req, &out); err != nil {
 		return nil, err
 	}
-	if len(out.Signatures) != len(digests) {
-		return nil, hsm.Errorf(hsm.ClassDevice, "sign", "member %s gave %d signatures for %d digests", c.name, len(out.Signatures), len(digests))
+	if len(out.Signatures) != len(req.Digests) {
+		return nil, hsm.Errorf(hsm.ClassDevice, "sign", "member %s gave %d signatures for %d digests", c.name, len(out.Signatures), len(req.Digests))
 	}
 	return out.Signatures, nil
 }
 
-// Challenge returns the member's signature over hsm.ChallengeDigest(group, c.Name(), incarnation, key, nonce), to be
+// Challenge returns the member's signature over hsm.ChallengeDigest(algorithm, group, c.Name(), incarnation, key, nonce), to be
 // verified by the caller. The nonce has hsm.MinNonce to hsm.MaxNonce octets.
 func (c *Client) Challenge(ctx context.Context, group string, key hsm.KeyID, nonce []byte) (sig []byte, incarnation string, err error) {
 	var out challengeResponse
@@ -102,9 +102,9 @@ func (c *Client) Generate(ctx context.Context, spec hsm.KeySpec) (k hsm.KeyRecor
 	return k, err
 }
 
-// Export wraps a key with the domain key.
-func (c *Client) Export(ctx context.Context, key hsm.KeyID) (b hsm.Blob, err error) {
-	err = c.do(ctx, "export", http.MethodPost, "/v1/export", exportRequest{key}, &b)
+// Export wraps a key with the domain key called kek; empty is the current one.
+func (c *Client) Export(ctx context.Context, key hsm.KeyID, kek string) (b hsm.Blob, err error) {
+	err = c.do(ctx, "export", http.MethodPost, "/v1/export", exportRequest{key, kek}, &b)
 	return b, err
 }
 
@@ -115,31 +115,73 @@ func (c *Client) Import(ctx context.Context, blob hsm.Blob) (k hsm.KeyRecord, er
 	return k, err
 }
 
+// Adopt takes a key from outside into the token, as two people approved. Repeating it returns the key that is there.
+func (c *Client) Adopt(ctx context.Context, req hsm.AdoptRequest) (k hsm.KeyRecord, err error) {
+	err = c.do(ctx, "adopt", http.MethodPost, "/v1/adopt", req, &k)
+	return k, err
+}
+
+// Destroy removes the member's copy of a key for good, as two people approved; the id is taken in there never again.
+// Nothing happens when it is gone already.
+func (c *Client) Destroy(ctx context.Context, req hsm.DestroyRequest) error {
+	return c.do(ctx, "destroy", http.MethodPost, "/v1/destroy", req, &none{})
+}
+
 // TransportKey returns the member's transport key with its agent's signature: opaque octets, to be handed to
-// ExportDomain of another member.
+// ExportDomain of another member; TransportFingerprint opens them.
 func (c *Client) TransportKey(ctx context.Context) (transport []byte, err error) {
 	var out transportKey
 	err = c.do(ctx, "transport-key", http.MethodGet, "/v1/transport-key", nil, &out)
 	return out.Transport, err
 }
 
-// GenerateDomain makes the domain key called kek; nothing happens when the token holds it already, and a token that
-// holds another one refuses.
+// GenerateDomain makes the domain key called kek; nothing happens when the token holds it already. The first one is the
+// current one, a second one the next, and a third is refused.
 func (c *Client) GenerateDomain(ctx context.Context, kek string) error {
 	return c.do(ctx, "domain-generate", http.MethodPost, "/v1/domain", domainRequest{kek}, &none{})
 }
 
-// ExportDomain wraps the domain key for the member whose TransportKey is given.
-func (c *Client) ExportDomain(ctx context.Context, transport []byte) (wrapped []byte, kek string, err error) {
+// ExportDomain wraps a domain key for the member whose TransportKey is given. What comes back is opaque: the member's agent
+// has signed where it comes from and to whom it goes.
+func (c *Client) ExportDomain(ctx context.Context, req hsm.DomainRequest) (wrapped []byte, kek string, err error) {
 	var out wrappedDomain
-	err = c.do(ctx, "domain-export", http.MethodPost, "/v1/domain/export", transportKey{transport}, &out)
+	err = c.do(ctx, "domain-export", http.MethodPost, "/v1/domain/export", req, &out)
 	return out.Wrapped, out.KEK, err
 }
 
-// ImportDomain takes the domain key called kek, wrapped by another member's ExportDomain. Nothing happens when the
-// token holds that very key.
+// ImportDomain takes the domain key called kek as another member's ExportDomain made it for this one. Bare octets, as
+// custodians make them from a backup (see agent.Token.ImportDomain), are taken only by a token that holds no domain key and
+// no key of a group. Nothing happens when the token holds that very key.
 func (c *Client) ImportDomain(ctx context.Context, kek string, wrapped []byte) error {
 	return c.do(ctx, "domain-import", http.MethodPost, "/v1/domain/import", wrappedDomain{kek, wrapped}, &none{})
+}
+
+// Rotate makes the next domain key, which must be called kek, the current one.
+func (c *Client) Rotate(ctx context.Context, kek string) error {
+	return c.do(ctx, "domain-rotate", http.MethodPost, "/v1/domain/rotate", domainRequest{kek}, &none{})
+}
+
+// DropDomain removes the domain key called kek: the one that is not current, or the last one when no key of a group is left.
+func (c *Client) DropDomain(ctx context.Context, kek string) error {
+	return c.do(ctx, "domain-drop", http.MethodPost, "/v1/domain/drop", domainRequest{kek}, &none{})
+}
+
+// BackupDomain wraps the current domain key for the custodians' key, as two people approved.
+func (c *Client) BackupDomain(ctx context.Context, req hsm.BackupRequest) (wrapped []byte, kek string, err error) {
+	var out wrappedDomain
+	err = c.do(ctx, "backup", http.MethodPost, "/v1/domain/backup", req, &out)
+	return out.Wrapped, out.KEK, err
+}
+
+// SetEpoch tells the member which site may write. Nothing happens when it knows.
+func (c *Client) SetEpoch(ctx context.Context, r hsm.EpochRecord) error {
+	return c.do(ctx, "epoch", http.MethodPost, "/v1/epoch", r, &none{})
+}
+
+// Activate logs a locked member in. A PIN that was refused once is not tried again; any other costs the token one of its
+// attempts. Nothing happens, and the PIN is not looked at, when the member is active.
+func (c *Client) Activate(ctx context.Context, pin string) error {
+	return c.do(ctx, "activate", http.MethodPost, "/v1/activate", activateRequest{pin}, &none{})
 }
 
 func (c *Client) do(ctx context.Context, op, method, path string, in, out any) error {

@@ -2,9 +2,7 @@ package agent
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/rand"
-	"crypto/x509"
 	"fmt"
 	"time"
 
@@ -18,36 +16,37 @@ func (s *Server) test(ctx context.Context) {
 	if s.dog.given("probe") != nil {
 		return
 	}
+	token, err := s.token("probe")
+	if err != nil {
+		return
+	}
 	digest := make([]byte, hsm.DigestSize)
 	_, _ = rand.Read(digest) // documented never to fail
-	key := s.cfg.Token.Probe()
+	key := token.Probe()
 	began := s.cfg.Now()
-	sig, err := watch(ctx, s.dog, "probe", s.cfg.CallTimeout, func() {}, func() ([]byte, error) { return s.cfg.Token.Sign(key.ID, digest) })
+	sig, err := watch(ctx, s.dog, "probe", s.cfg.CallTimeout, func() {}, func() ([]byte, error) { return token.Sign(key.ID, digest) })
 	if ctx.Err() != nil {
 		return // stopping, which says nothing about the token
 	}
 	if err == nil {
-		err = verify(key.SPKI, digest, sig)
+		err = verify(key, digest, sig)
 	}
 	now := s.cfg.Now()
 	p := hsm.Probe{OK: err == nil, At: now, Millis: float64(now.Sub(began)) / float64(time.Millisecond)}
-	s.metrics.probe.Set(1)
 	if err != nil {
-		s.metrics.probe.Set(0)
 		p.Cause = err.Error()
 		s.cfg.Log.Error("test signature failed", "error", err)
 	}
 	s.probe.Store(&p)
 }
 
-func verify(spki, digest, sig []byte) error {
-	key, err := x509.ParsePKIXPublicKey(spki)
+func verify(k hsm.KeyRecord, digest, sig []byte) error {
+	pub, err := k.Algorithm.ParsePublic(k.SPKI)
 	if err != nil {
-		return fmt.Errorf("parsing the probe key: %w", err)
+		return fmt.Errorf("reading the probe key: %w", err)
 	}
-	pub, ok := key.(*ecdsa.PublicKey)
-	if !ok || !ecdsa.VerifyASN1(pub, digest, sig) {
-		return fmt.Errorf("the token's signature over a random value does not verify")
+	if err := hsm.Verify(pub, digest, sig); err != nil {
+		return fmt.Errorf("the token's signature over a random value does not verify: %w", err)
 	}
 	return nil
 }
@@ -56,6 +55,9 @@ func verify(spki, digest, sig []byte) error {
 func (s *Server) probed() hsm.Probe {
 	if err := s.dog.given("probe"); err != nil {
 		return hsm.Probe{At: s.cfg.Now(), Cause: err.Error()}
+	}
+	if why := s.locked(); why != "" {
+		return hsm.Probe{Cause: why}
 	}
 	p := s.probe.Load()
 	if p == nil {

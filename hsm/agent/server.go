@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,16 +19,24 @@ import (
 // Act is one entry of the agent's audit record.
 type Act struct {
 	Actor   string // principal URI, or the agent's own
-	Event   string // generate, export, import, domain-generate, domain-export, domain-import, challenge, signatures
-	Object  string // key id or domain key name
+	Event   string // the operation as metrics name it: generate, export, destroy, …; signatures; approvals
+	Object  string // key id, domain key name, member or site
 	Outcome string // begun, ok, or the error class
 	Detail  string
 }
 
-// Config is everything a Server needs. Token, Identity, Audit and Fatal are mandatory.
+// Config is everything a Server needs. Token or Activate, and Identity, State, Audit and Fatal are mandatory.
 type Config struct {
+	// Token is the open token. Nil means that the agent starts locked, and Activate opens the token with the PIN that an
+	// operator gives. Activate returns ClassPIN for a PIN that was refused, now or before.
 	Token    Token
+	Activate func(pin string) (Token, error)
+	// Label names the token while it is locked.
+	Label    string
 	Identity *identity.Identity
+	State    *State
+	// Approvals is how many people must approve an act that cannot be undone (0: 2).
+	Approvals int
 	// Member is this agent's name in its group; proofs are bound to it. Empty means the identity's name.
 	Member string
 	// Incarnation is random per start; proofs are bound to it too.
@@ -38,7 +45,8 @@ type Config struct {
 	// Capacity is how many module calls may run at once (0: 16), Queue how many more requests may wait (0: 64).
 	Capacity, Queue int
 	// CallTimeout is how long one module call may take before the process is given up (0: 2 s). Operations of many
-	// calls (generate, import, inventory, domain) have five times that.
+	// calls (import, inventory, domain) have five times that; making an RSA key or opening the token has twenty times, and
+	// at least 30 s.
 	CallTimeout time.Duration
 	// ProbeEvery is the pause between test signatures (0: 1 s).
 	ProbeEvery time.Duration
@@ -56,8 +64,12 @@ type Server struct {
 	cfg      Config
 	dog      *watchdog
 	metrics  *metrics
+	opened   atomic.Pointer[Token] // nil while the agent is locked
 	draining atomic.Bool
-	probe    atomic.Pointer[hsm.Probe]
+	// fence is read-locked from the checks that let a batch be signed to its last signature, and locked while the site epoch
+	// changes or a key is buried: once that is acknowledged, nothing comes out that was let in before.
+	fence sync.RWMutex
+	probe atomic.Pointer[hsm.Probe]
 
 	countsMu sync.Mutex
 	counts   map[signed]uint64 // signatures since the last audit entry, guarded by countsMu
@@ -76,16 +88,19 @@ const (
 	countsEvery = 10 * time.Second
 	// parallel bounds how many digests of one batch are in the module at once, so that one caller cannot have it all.
 	parallel = 4
+	// managers bounds the management requests that run or wait. They are served one at a time.
+	managers = 16
 )
 
-// NewServer checks the configuration. The token must be open.
+// NewServer checks the configuration, and brings the site epochs of token and state together.
 func NewServer(cfg Config) (*Server, error) {
-	if cfg.Token == nil || cfg.Identity == nil || cfg.Audit == nil || cfg.Fatal == nil || cfg.Incarnation == "" {
-		return nil, errors.New("agent: token, identity, audit, fatal and incarnation are mandatory")
+	if (cfg.Token == nil) == (cfg.Activate == nil) || cfg.Identity == nil || cfg.State == nil || cfg.Audit == nil || cfg.Fatal == nil || cfg.Incarnation == "" {
+		return nil, errors.New("agent: token or activate, identity, state, audit, fatal and incarnation are mandatory")
 	}
 	if cfg.Member == "" {
 		cfg.Member = cfg.Identity.Principal().Name
 	}
+	setDefault(&cfg.Approvals, 2)
 	setDefault(&cfg.Capacity, 16)
 	setDefault(&cfg.Queue, 64)
 	setDefault(&cfg.CallTimeout, 2*time.Second)
@@ -96,12 +111,20 @@ func NewServer(cfg Config) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	m := newMetrics(cfg.Metrics)
-	return &Server{
-		cfg: cfg, metrics: m, counts: map[signed]uint64{},
-		dog: &watchdog{slots: make(chan struct{}, cfg.Capacity), limit: int64(cfg.Capacity + cfg.Queue),
-			dead: make(chan struct{}), fatal: cfg.Fatal, metrics: m},
-	}, nil
+	s := &Server{cfg: cfg, counts: map[signed]uint64{}, metrics: newMetrics()}
+	s.dog = &watchdog{
+		slots: make(chan struct{}, cfg.Capacity), limit: int64(cfg.Capacity + cfg.Queue), turn: make(chan struct{}, 1),
+		dead: make(chan struct{}), fatal: cfg.Fatal, metrics: s.metrics,
+	}
+	if cfg.Token != nil {
+		if err := s.open(cfg.Token); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Metrics != nil {
+		cfg.Metrics.MustRegister(s.metrics.calls, s.metrics.seconds, s.metrics.signatures, s.metrics.hung, gauges{s})
+	}
+	return s, nil
 }
 
 func setDefault[T int | time.Duration](v *T, d T) {
@@ -109,6 +132,34 @@ func setDefault[T int | time.Duration](v *T, d T) {
 		*v = d
 	}
 }
+
+// open takes a token into use once its site epoch and the state's agree.
+func (s *Server) open(t Token) error {
+	if err := s.agreeOnEpoch(t); err != nil {
+		return err
+	}
+	s.opened.Store(&t)
+	return nil
+}
+
+// token is the token in use, or why there is none.
+func (s *Server) token(op string) (Token, error) {
+	if t := s.opened.Load(); t != nil {
+		return *t, nil
+	}
+	return nil, &hsm.Error{Class: hsm.ClassPIN, Code: hsm.CodeLocked, Op: op, Err: errors.New(s.locked())}
+}
+
+// locked says why the token cannot be used before an operator acts, or nothing.
+func (s *Server) locked() string {
+	if s.opened.Load() != nil {
+		return ""
+	}
+	return fmt.Sprintf("token %s has not been activated since this agent started: an operator must give its PIN (pkictl hsm activate)", s.cfg.Label)
+}
+
+// long is the time for what takes as long as it takes.
+func (s *Server) long() time.Duration { return max(30*time.Second, 20*s.cfg.CallTimeout) }
 
 // Run makes test signatures and writes signature counts to the audit record until ctx ends. The first test signature is
 // made before anything else, so that the health report is true from the start.
@@ -133,82 +184,30 @@ func (s *Server) Run(ctx context.Context) error {
 // Drain makes the health report say draining; requests are still served.
 func (s *Server) Drain() { s.draining.Store(true) }
 
+// Close closes the token, if it is open. It waits for running calls, so it must not be called once one hangs.
+func (s *Server) Close() error {
+	t := s.opened.Load()
+	if t == nil {
+		return nil
+	}
+	if c, ok := (*t).(interface{ Close() error }); ok {
+		return c.Close()
+	}
+	return nil
+}
+
 // Info is what the member says about itself now.
 func (s *Server) Info() hsm.Info {
-	i := s.cfg.Token.Info()
+	i := hsm.Info{TokenLabel: s.cfg.Label, Locked: s.locked()}
+	if t := s.opened.Load(); t != nil {
+		i = (*t).Info()
+	}
+	epoch := s.cfg.State.epoch()
+	i.Site, i.Epoch = epoch.Site, epoch.Epoch
 	i.Member, i.Incarnation = s.cfg.Member, s.cfg.Incarnation
 	i.InFlight, i.Capacity = int(s.dog.requests.Load()), s.cfg.Capacity
 	i.Probe = s.probed()
 	return i
-}
-
-// sign sends one batch through the module, a few digests at a time: all signatures or an error.
-func (s *Server) sign(ctx context.Context, caller string, k hsm.KeyRecord, digests [][]byte) ([][]byte, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	sigs := make([][]byte, len(digests))
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range min(parallel, len(digests)) {
-		wg.Go(func() {
-			for n := int(next.Add(1)) - 1; n < len(digests) && ctx.Err() == nil; n = int(next.Add(1)) - 1 {
-				sig, err := call(ctx, s.dog, "sign", s.cfg.CallTimeout, func() ([]byte, error) { return s.cfg.Token.Sign(k.ID, digests[n]) })
-				if err != nil {
-					cancel(err)
-					return
-				}
-				sigs[n] = sig
-			}
-		})
-	}
-	wg.Wait()
-	made := 0
-	for _, sig := range sigs {
-		if sig != nil {
-			made++
-		}
-	}
-	s.metrics.signatures.WithLabelValues(string(k.Purpose)).Add(float64(made))
-	s.countsMu.Lock()
-	s.counts[signed{caller, k.ID}] += uint64(made)
-	s.countsMu.Unlock()
-	if made == len(digests) {
-		return sigs, nil
-	}
-	err := context.Cause(ctx)
-	if hsm.ClassOf(err) == 0 {
-		err = &hsm.Error{Class: hsm.ClassDevice, Op: "sign", Err: err}
-	}
-	return nil, err
-}
-
-// challenge proves possession of a key: the agent builds what is signed, and records it before it is signed.
-func (s *Server) challenge(ctx context.Context, caller string, k hsm.KeyRecord, req challengeRequest) ([]byte, error) {
-	digest := hsm.ChallengeDigest(req.Group, s.cfg.Member, s.cfg.Incarnation, k.ID, req.Nonce)
-	if err := s.audit(Act{caller, "challenge", string(k.ID), "begun", "class=pop group=" + req.Group + " digest=" + hex.EncodeToString(digest)}); err != nil {
-		return nil, err
-	}
-	sig, err := call(ctx, s.dog, "challenge", s.cfg.CallTimeout, func() ([]byte, error) { return s.cfg.Token.Sign(k.ID, digest) })
-	s.cfg.Log.Info("challenge", "class", "pop", "caller", caller, "group", req.Group, "key", k.ID, "digest", hex.EncodeToString(digest), "ok", err == nil)
-	return sig, err
-}
-
-// managed runs an act that changes the token or lets a key out, between two audit entries.
-func managed[T any](ctx context.Context, s *Server, caller, op, object string, fn func() (T, error)) (T, error) {
-	var zero T
-	if err := s.audit(Act{caller, op, object, "begun", ""}); err != nil {
-		return zero, err
-	}
-	v, err := call(ctx, s.dog, op, 5*s.cfg.CallTimeout, fn)
-	act := Act{caller, op, object, "ok", ""}
-	if err != nil {
-		act.Outcome, act.Detail = hsm.ClassOf(err).String(), err.Error()
-	}
-	s.cfg.Log.Info("management", "caller", caller, "op", op, "object", object, "outcome", act.Outcome, "detail", act.Detail)
-	if failed := s.audit(act); failed != nil {
-		return zero, failed
-	}
-	return v, err
 }
 
 // audit records an act or gives the process up: without a record nothing may happen.

@@ -14,54 +14,28 @@ type Token interface {
 	// Probe is the token-local key for the server's test signatures.
 	Probe() hsm.KeyRecord
 	Inventory() ([]hsm.KeyRecord, error)
-	// Sign returns an ASN.1 signature over one SHA-256 digest.
+	// Sign returns a signature over one digest (for Ed25519: message), as hsm.Verify takes it.
 	Sign(key hsm.KeyID, digest []byte) ([]byte, error)
-	// Generate, Import, GenerateDomain and ImportDomain are idempotent, and durable when they return.
+	// What changes the token is idempotent, and durable when it returns.
 	Generate(hsm.KeySpec) (hsm.KeyRecord, error)
-	Export(hsm.KeyID) (hsm.Blob, error)
+	// Export wraps with the domain key called kek; empty is the current one.
+	Export(key hsm.KeyID, kek string) (hsm.Blob, error)
 	Import(hsm.Blob) (hsm.KeyRecord, error)
+	// Adopt takes in a key sealed by hsm.Seal to the transport key; its public key must be spki.
+	Adopt(spec hsm.KeySpec, spki, sealed []byte) (hsm.KeyRecord, error)
+	// Destroy removes both halves; a key with another SPKI under that id is refused and left alone.
+	Destroy(key hsm.KeyID, spki []byte) error
 	// TransportKey is the SPKI to which ExportDomain of another token wraps.
 	TransportKey() ([]byte, error)
+	// A token holds the current domain key and, while the group changes to it, the next one. The first that comes in is the
+	// current one; Rotate makes the next one current; DropDomain removes the one that is not, or the last one when no key of
+	// a group is left.
 	GenerateDomain(kek string) error
-	ExportDomain(transportSPKI []byte) (wrapped []byte, kek string, err error)
+	ExportDomain(kek string, transportSPKI []byte) (wrapped []byte, name string, err error)
 	ImportDomain(kek string, wrapped []byte) error
+	Rotate(kek string) error
+	DropDomain(kek string) error
+	// Epoch is the site epoch kept in the token; the zero record where there is none. SetEpoch replaces it.
+	Epoch() (hsm.EpochRecord, error)
+	SetEpoch(hsm.EpochRecord) error
 }
-
-// Bodies of the wire, beside those of package hsm.
-type (
-	signRequest struct {
-		Key     hsm.KeyID `json:"key"`
-		Digests [][]byte  `json:"digests"`
-	}
-	signResponse struct {
-		Signatures [][]byte `json:"signatures"`
-	}
-	challengeRequest struct {
-		Group string    `json:"group"`
-		Key   hsm.KeyID `json:"key"`
-		Nonce []byte    `json:"nonce"`
-	}
-	challengeResponse struct {
-		Signature   []byte `json:"signature"`
-		Incarnation string `json:"incarnation"`
-	}
-	keysResponse struct {
-		Keys []hsm.KeyRecord `json:"keys"`
-	}
-	exportRequest struct {
-		Key hsm.KeyID `json:"key"`
-	}
-	transportKey struct {
-		Transport []byte `json:"transport"`
-	}
-	domainRequest struct {
-		KEK string `json:"kek"`
-	}
-	wrappedDomain struct {
-		KEK     string `json:"kek"`
-		Wrapped []byte `json:"wrapped"`
-	}
-)
-
-// maxBody bounds request bodies: the largest is a Sign of hsm.MaxBatch digests or a blob of hsm.MaxBlob, both below 32 KiB.
-const maxBody = 32 << 10

@@ -18,6 +18,10 @@ type watchdog struct {
 	requests atomic.Int64
 	metrics  *metrics
 
+	// turn is whose turn it is to manage the token. The token would make them wait too, but with the clock running.
+	turn     chan struct{}
+	managing atomic.Int64
+
 	once  sync.Once
 	dead  chan struct{} // closed when the process has been given up
 	fatal func(error)
@@ -29,8 +33,27 @@ func (w *watchdog) admit(op string) (release func(), err error) {
 		w.requests.Add(-1)
 		return nil, hsm.Errorf(hsm.ClassOverloaded, op, "%d requests are waiting already", w.limit)
 	}
-	w.metrics.inFlight.Inc()
-	return func() { w.requests.Add(-1); w.metrics.inFlight.Dec() }, nil
+	return func() { w.requests.Add(-1) }, nil
+}
+
+// alone waits until no other management request runs. At most managers run or wait; more are ClassOverloaded.
+func (w *watchdog) alone(ctx context.Context, op string) (release func(), err error) {
+	defer func() {
+		if err != nil {
+			w.managing.Add(-1)
+		}
+	}()
+	if w.managing.Add(1) > managers {
+		return nil, hsm.Errorf(hsm.ClassOverloaded, op, "%d management requests are waiting already", managers)
+	}
+	select {
+	case w.turn <- struct{}{}:
+		return func() { <-w.turn; w.managing.Add(-1) }, nil
+	case <-ctx.Done():
+		return nil, &hsm.Error{Class: hsm.ClassOverloaded, Op: op, Err: fmt.Errorf("waiting for other management requests: %w", ctx.Err())}
+	case <-w.dead:
+		return nil, w.given(op)
+	}
 }
 
 // giveUp ends the process: whoever waits is answered first, since fatal runs beside them.
@@ -54,15 +77,41 @@ func (w *watchdog) given(op string) error {
 // call runs fn in the module, waiting for a slot first. The caller gets its answer when fn returns, ctx ends, or the
 // process is given up, whichever is first; fn itself is watched to its end in any case.
 func call[T any](ctx context.Context, w *watchdog, op string, limit time.Duration, fn func() (T, error)) (T, error) {
-	var zero T
+	free, err := w.slot(ctx, op)
+	if err != nil {
+		var zero T
+		return zero, err
+	}
+	return watch(ctx, w, op, limit, free, fn)
+}
+
+// slot waits for a place in the module.
+func (w *watchdog) slot(ctx context.Context, op string) (free func(), err error) {
 	select {
 	case w.slots <- struct{}{}:
+		return func() { <-w.slots }, nil
 	case <-ctx.Done():
-		return zero, &hsm.Error{Class: hsm.ClassOverloaded, Op: op, Err: fmt.Errorf("waiting for a slot: %w", ctx.Err())}
+		return nil, &hsm.Error{Class: hsm.ClassOverloaded, Op: op, Err: fmt.Errorf("waiting for a slot: %w", ctx.Err())}
 	case <-w.dead:
-		return zero, w.given(op)
+		return nil, w.given(op)
 	}
-	return watch(ctx, w, op, limit, func() { <-w.slots }, fn)
+}
+
+// waiting is how many requests wait for the module.
+func (w *watchdog) waiting() int64 { return max(0, w.requests.Load()-int64(len(w.slots))) }
+
+// opActivate is the one operation whose refused PIN is a person's mistake and no reason to end.
+const opActivate = "activate"
+
+// mortal tells whether after such an error this process cannot use the token any more.
+func mortal(op string, err error) bool {
+	switch hsm.ClassOf(err) {
+	case hsm.ClassRequest, hsm.ClassNotFound, hsm.ClassDenied:
+		return false
+	case hsm.ClassPIN:
+		return op != opActivate
+	}
+	return err != nil
 }
 
 // watch is call without a slot; free runs when fn has returned.
@@ -79,6 +128,7 @@ func watch[T any](ctx context.Context, w *watchdog, op string, limit time.Durati
 	answer := make(chan result, 1)
 	began := time.Now()
 	timer := startClock(limit, func() {
+		w.metrics.hung.Inc()
 		w.giveUp(fmt.Errorf("%s: the module did not return within %s, and a PKCS#11 call cannot be cancelled", op, limit))
 	})
 	go func() {
@@ -87,7 +137,7 @@ func watch[T any](ctx context.Context, w *watchdog, op string, limit time.Durati
 		free()
 		w.metrics.seconds.WithLabelValues(op).Observe(time.Since(began).Seconds())
 		answer <- result{value, err} // before giving up, so that whoever brought the news is told its own cause
-		if c := hsm.ClassOf(err); err != nil && c != hsm.ClassRequest && c != hsm.ClassNotFound && c != hsm.ClassDenied {
+		if mortal(op, err) {
 			w.giveUp(fmt.Errorf("the token is lost to this process: %w", err))
 		}
 	}()

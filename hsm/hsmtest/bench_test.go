@@ -33,7 +33,7 @@ func BenchmarkSign(b *testing.B) {
 				for range callers {
 					wg.Go(func() {
 						for left.Add(-1) >= 0 {
-							if _, err := c.Sign(ctx, k.ID, digests); err != nil {
+							if _, err := c.Sign(ctx, hsm.SignRequest{Key: k.ID, Digests: digests}); err != nil {
 								b.Error(err)
 								return
 							}

@@ -1,7 +1,7 @@
 package pkcs11_test
 
 import (
-	"path/filepath"
+	"fmt"
 	"testing"
 
 	"trivet/hsm"
@@ -11,31 +11,66 @@ import (
 
 // BenchmarkSign is the token's own rate, without agent and wire.
 func BenchmarkSign(b *testing.B) {
-	module, dir := hsmtest.Module(b), b.TempDir()
-	b.Setenv("SOFTHSM2_CONF", hsmtest.SoftHSM(b, dir))
-	pin := filepath.Join(dir, "pin")
-	hsmtest.Write(b, pin, "1234")
-	if _, err := pkcs11.Init(pkcs11.InitConfig{Module: module, TokenLabel: "bench", PINFile: pin, SOPINFile: pin}); err != nil {
-		b.Fatal(err)
-	}
-	token, err := pkcs11.Open(pkcs11.Config{Module: module, TokenLabel: "bench", PINFile: pin})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer token.Close()
-	k, err := token.Generate(hsmtest.Spec("bench", hsm.PurposeCA))
-	if err != nil {
-		b.Fatal(err)
-	}
-	digest := hsmtest.Digests(1)[0]
-	b.ResetTimer()
-	b.RunParallel(func(p *testing.PB) {
-		for p.Next() {
-			if _, err := token.Sign(k.ID, digest); err != nil {
-				b.Error(err)
-				return
+	for _, m := range []*kind{softHSM, nss} {
+		b.Run(m.name, func(b *testing.B) {
+			cfg, _ := m.fresh(b)
+			token := open(b, cfg)
+			for _, a := range hsm.Algorithms() {
+				spec := hsmtest.Spec("bench", hsm.PurposeCA)
+				spec.Algorithm = a
+				k, err := token.Generate(spec)
+				if err != nil {
+					continue // the module cannot make such keys
+				}
+				b.Run(string(a), func(b *testing.B) {
+					digest := hsmtest.DigestsFor(a, 1)[0]
+					b.RunParallel(func(p *testing.PB) {
+						for p.Next() {
+							if _, err := token.Sign(k.ID, digest); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
+					b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "signatures/s")
+				})
 			}
-		}
-	})
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "signatures/s")
+		})
+	}
+}
+
+// BenchmarkOpen is what a restart costs.
+func BenchmarkOpen(b *testing.B) {
+	for _, m := range []*kind{softHSM, nss} {
+		b.Run(m.name, func(b *testing.B) {
+			cfg, _ := m.fresh(b)
+			for b.Loop() {
+				token, err := pkcs11.Open(cfg)
+				if err != nil {
+					b.Fatal(err)
+				}
+				closed(b, token)
+			}
+		})
+	}
+}
+
+// BenchmarkInventory is with a few hundred keys.
+func BenchmarkInventory(b *testing.B) {
+	for _, m := range []*kind{softHSM, nss} {
+		b.Run(m.name, func(b *testing.B) {
+			cfg, _ := m.fresh(b)
+			token := open(b, cfg)
+			for i := range 300 {
+				if _, err := token.Generate(hsmtest.Spec(fmt.Sprintf("k-%d", i), hsm.PurposeOCSP)); err != nil {
+					b.Fatal(err)
+				}
+			}
+			for b.Loop() {
+				if _, err := token.Inventory(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }

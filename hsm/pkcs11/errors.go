@@ -45,6 +45,14 @@ func opaque(op string, err error) error {
 	return e
 }
 
+// asIs is classify for what the module said first, whatever class the error has got since.
+func asIs(op string, err error) error {
+	if code, ok := errors.AsType[p11.Error](err); ok {
+		err = code
+	}
+	return classify(op, err)
+}
+
 func classOf(code p11.Error) hsm.Class {
 	switch uint(code) {
 	case p11.CKR_SESSION_CLOSED, p11.CKR_SESSION_HANDLE_INVALID, p11.CKR_SESSION_COUNT, p11.CKR_SESSION_PARALLEL_NOT_SUPPORTED,

@@ -9,26 +9,45 @@ import (
 // Classify is what an error of the module becomes.
 func Classify(code uint) error { return classify("test", p11.Error(code)) }
 
-// Destroy removes the halves of a key, and forgets it.
-func (t *Token) Destroy(id hsm.KeyID, classes ...uint) error {
+// The names of profiles, by what a library says of itself.
+func ProfileOf(manufacturer string) Profile         { return profileOf(manufacturer) }
+func ProfileNamed(name string) (Profile, error)     { return profileNamed(name) }
+func (t *Token) Profile() Profile                   { return t.raw.profile }
+func (t *Token) UseProfile(change func(p *Profile)) { change(&t.raw.profile) }
+
+// DestroyHalves removes the halves of a key that are of those classes.
+func (t *Token) DestroyHalves(id hsm.KeyID, classes ...uint) error {
 	t.manage.Lock()
 	defer t.manage.Unlock()
 	b, err := id.Bytes()
 	if err != nil {
 		return err
 	}
+	p, err := t.pair(b)
+	if err != nil {
+		return err
+	}
 	for _, class := range classes {
-		objects, err := t.find(attribute{p11.CKA_CLASS, class}, attribute{p11.CKA_ID, b})
-		if err != nil {
-			return err
+		objects := p.privates
+		if class == p11.CKO_PUBLIC_KEY {
+			objects = p.publics
 		}
-		for _, o := range objects {
-			if err := t.raw.DestroyObject(t.session, o); err != nil {
-				return err
-			}
+		if err := t.remove(objects...); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// DestroySecret removes a secret key by its label, such as one half of a domain.
+func (t *Token) DestroySecret(label string) (int, error) {
+	t.manage.Lock()
+	defer t.manage.Unlock()
+	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_SECRET_KEY)}, attribute{p11.CKA_LABEL, []byte(label)})
+	if err != nil {
+		return 0, err
+	}
+	return len(objects), t.remove(objects...)
 }
 
 // Plant makes an AES key, and a P-256 key pair of that label, that are not ours.
@@ -41,7 +60,34 @@ func (t *Token) Plant(label string, id []byte) error {
 	}
 	name := []attribute{{p11.CKA_ID, id}, {p11.CKA_LABEL, []byte(label)}, {p11.CKA_TOKEN, true}}
 	_, _, err := t.raw.GenerateKeyPair(t.session, []*p11.Mechanism{p11.NewMechanism(p11.CKM_EC_KEY_PAIR_GEN, nil)},
-		template(name, []attribute{{p11.CKA_EC_PARAMS, oidP256}}), template(name, []attribute{{p11.CKA_SIGN, true}}))
+		template(name, kinds[hsm.P256].generation()), template(name, []attribute{{p11.CKA_SIGN, true}}))
+	return err
+}
+
+// Swap makes a pair that is called spec, with the public half of another key: what nobody should be able to make, and what a
+// handle that names another object after a reset looks like.
+func (t *Token) Swap(spec hsm.KeySpec, publicSPKI []byte) error {
+	t.manage.Lock()
+	defer t.manage.Unlock()
+	id, err := spec.ID.Bytes()
+	if err != nil {
+		return err
+	}
+	pub, err := parseSPKI(spec.Algorithm, publicSPKI)
+	if err != nil {
+		return err
+	}
+	lines, err := publicTemplate(spec.Algorithm, pub)
+	if err != nil {
+		return err
+	}
+	if _, err := t.raw.CreateObject(t.session, template(lines, naming(spec, id), t.raw.profile.keeps(publicPolicy()))); err != nil {
+		return err
+	}
+	k := kinds[spec.Algorithm]
+	_, _, err = t.raw.GenerateKeyPair(t.session, []*p11.Mechanism{p11.NewMechanism(k.generate, nil)},
+		template(k.generation(), []attribute{{p11.CKA_TOKEN, false}, {p11.CKA_VERIFY, true}}),
+		template(naming(spec, id), t.raw.profile.privatePolicy(true)))
 	return err
 }
 
@@ -53,11 +99,11 @@ func (t *Token) Attribute(id hsm.KeyID, kind uint) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, object, err := t.existing(b)
+	p, err := t.pair(b)
 	if err != nil {
 		return nil, err
 	}
-	v, err := t.read(object, kind)
+	v, err := t.read(p.privates[0], kind)
 	if err != nil {
 		return nil, err
 	}
@@ -72,18 +118,18 @@ func (t *Token) SetAttribute(id hsm.KeyID, kind uint, value any) error {
 	if err != nil {
 		return err
 	}
-	_, object, err := t.existing(b)
+	p, err := t.pair(b)
 	if err != nil {
 		return err
 	}
-	return t.raw.SetAttributeValue(t.session, object, template([]attribute{{kind, value}}))
+	return t.raw.SetAttributeValue(t.session, p.privates[0], template([]attribute{{kind, value}}))
 }
 
-// Rewrap exports with a spec and SPKI of the test's choice, authenticated: what a bug, not an attacker, could make.
+// Rewrap authenticates a blob of the test's choice: what a bug, not an attacker, could make.
 func (t *Token) Rewrap(b hsm.Blob) (hsm.Blob, error) {
 	t.manage.Lock()
 	defer t.manage.Unlock()
-	d, err := t.domainKeys("test")
+	d, err := t.domain("test", b.KEK)
 	if err != nil {
 		return b, err
 	}
@@ -101,4 +147,37 @@ func (t *Token) Objects(id hsm.KeyID) (int, error) {
 	}
 	objects, err := t.find(attribute{p11.CKA_ID, b})
 	return len(objects), err
+}
+
+// WriteNote adds a note of that kind (domains, epoch) beside those that are there, as a process does that is killed before
+// it removes them.
+func (t *Token) WriteNote(kind string, value []byte) error {
+	t.manage.Lock()
+	defer t.manage.Unlock()
+	return t.put(notePrefix+kind, value)
+}
+
+// Notes counts them.
+func (t *Token) Notes(kind string) (int, error) {
+	t.manage.Lock()
+	defer t.manage.Unlock()
+	notes, err := t.notes(notePrefix + kind)
+	return len(notes), err
+}
+
+// Logout ends the login of every session.
+func (t *Token) Logout() error { return t.raw.Logout(t.session) }
+
+// Leftovers counts the session objects, signing copies among them.
+func (t *Token) Leftovers() (int, error) {
+	t.manage.Lock()
+	defer t.manage.Unlock()
+	if err := t.raw.FindObjectsInit(t.session, template([]attribute{{p11.CKA_TOKEN, false}})); err != nil {
+		return 0, err
+	}
+	objects, _, err := t.raw.FindObjects(t.session, 1000)
+	if err != nil {
+		return 0, err
+	}
+	return len(objects), t.raw.FindObjectsFinal(t.session)
 }

@@ -51,8 +51,10 @@ func ReadPIN(name string) (string, error) {
 // InitConfig says which token to make.
 type InitConfig struct {
 	Module, TokenLabel string
-	// PINFile and SOPINFile hold the PINs the token is to have.
+	// PINFile and SOPINFile hold the PINs the token is to have. A module without security officer needs no SOPINFile.
 	PINFile, SOPINFile string
+	// Profile and Dir are as in Config. Dir is made if it does not exist.
+	Profile, Dir string
 }
 
 // Init makes a token of that label in a slot whose token is still blank, and sets its user PIN. It tells whether it did
@@ -66,52 +68,59 @@ func Init(cfg InitConfig) (made bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	soPIN, err := ReadPIN(cfg.SOPINFile)
+	if cfg.Dir != "" {
+		if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+			return false, hsm.Errorf(hsm.ClassRequest, op, "making the token's directory: %w", err)
+		}
+	}
+	m, err := load(moduleConfig{cfg.Module, cfg.Profile, cfg.Dir, cfg.TokenLabel})
 	if err != nil {
 		return false, err
 	}
-	ctx, done, err := loadModule(cfg.Module)
-	if err != nil {
-		return false, err
+	defer func() { err = errors.Join(err, m.close()) }()
+	soPIN := ""
+	if !m.profile.EmptySO {
+		if soPIN, err = ReadPIN(cfg.SOPINFile); err != nil {
+			return false, err
+		}
 	}
-	defer done()
-	slot, info, err := slotOf(ctx, cfg.TokenLabel)
+	slot, info, err := m.tokenCalled(cfg.TokenLabel)
 	switch {
 	case err == nil && info.Flags&p11.CKF_USER_PIN_INITIALIZED != 0:
 		return false, nil
-	case err == nil: // a run before this one died between its two steps
-	case hsm.ClassOf(err) == hsm.ClassNotFound:
-		if slot, err = blankSlot(ctx); err != nil {
+	case err == nil: // a token without security officer, or a run before this one died between its two steps
+	case hsm.ClassOf(err) == hsm.ClassNotFound && !m.profile.EmptySO:
+		if slot, err = m.blankSlot(); err != nil {
 			return false, err
 		}
-		if err := ctx.InitToken(slot, soPIN, cfg.TokenLabel); err != nil {
+		if err := m.InitToken(slot, soPIN, cfg.TokenLabel); err != nil {
 			return false, classify(op, fmt.Errorf("initialising the token: %w", err))
 		}
 	default:
 		return false, err
 	}
-	session, err := ctx.OpenSession(slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
+	session, err := m.OpenSession(slot, p11.CKF_SERIAL_SESSION|p11.CKF_RW_SESSION)
 	if err != nil {
 		return false, classify(op, err)
 	}
-	defer func() { err = errors.Join(err, classify(op, ctx.CloseSession(session))) }()
-	if err := ctx.Login(session, p11.CKU_SO, soPIN); err != nil {
+	defer func() { err = errors.Join(err, classify(op, m.CloseSession(session))) }()
+	if err := m.Login(session, p11.CKU_SO, soPIN); err != nil {
 		return false, classify(op, fmt.Errorf("logging in as security officer: %w", err))
 	}
-	if err := ctx.InitPIN(session, pin); err != nil {
+	if err := m.InitPIN(session, pin); err != nil {
 		return false, classify(op, fmt.Errorf("setting the user PIN: %w", err))
 	}
-	return true, classify(op, ctx.Logout(session))
+	return true, classify(op, m.Logout(session))
 }
 
 // blankSlot finds a token that nobody has initialised.
-func blankSlot(ctx *p11.Ctx) (uint, error) {
-	slots, err := ctx.GetSlotList(true)
+func (m *module) blankSlot() (uint, error) {
+	slots, err := m.GetSlotList(true)
 	if err != nil {
 		return 0, classify("init-token", err)
 	}
 	for _, s := range slots {
-		info, err := ctx.GetTokenInfo(s)
+		info, err := m.GetTokenInfo(s)
 		if err != nil {
 			return 0, classify("init-token", err)
 		}

@@ -9,118 +9,233 @@ import (
 	"trivet/hsm"
 )
 
-// Inventory reads every private key in the token, and every secret key that is not the domain's. What has no label of
-// ours is foreign: reported, never used. It also refreshes what Key and Info answer from.
+// Faults of keys that a process was killed in the middle of making or removing.
+const (
+	noPublic  = "the public key is missing"
+	noPrivate = "the private key is missing"
+	hollow    = "the private key is incomplete, or of no known kind"
+)
+
+// Inventory reads every private key in the token, every public key of ours that has none, and every secret key that is
+// not the domain's. What has no label of ours is foreign: reported, never used. It also refreshes what Key and Info
+// answer from.
 func (t *Token) Inventory() ([]hsm.KeyRecord, error) {
 	t.manage.Lock()
 	defer t.manage.Unlock()
-	privates, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)}, attribute{p11.CKA_TOKEN, true})
+	return t.inventory()
+}
+
+func (t *Token) inventory() ([]hsm.KeyRecord, error) {
+	list, err := t.list()
 	if err != nil {
 		return nil, classify("inventory", err)
 	}
+	keys := make(map[hsm.KeyID]hsm.KeyRecord, len(list))
+	foreign := 0
+	for _, k := range list {
+		if k.Foreign {
+			foreign++
+			continue
+		}
+		if _, twice := keys[k.ID]; twice {
+			k.Fault = "two private keys have this id"
+		}
+		keys[k.ID] = k
+	}
+	t.mu.Lock()
+	for id, fault := range t.bad {
+		if k, ok := keys[id]; ok && k.Fault == "" {
+			k.Fault = fault
+			keys[id] = k
+		}
+	}
+	t.keys, t.foreign, t.digest = keys, foreign, ""
+	var gone []hsm.KeyID
+	for id := range t.signers {
+		if keys[id].Fault != "" || keys[id].ID == "" {
+			gone = append(gone, id)
+		}
+	}
+	t.mu.Unlock()
+	if len(gone) > 0 {
+		t.making.Lock()
+		for _, id := range gone {
+			t.unmake(id)
+		}
+		t.making.Unlock()
+	}
+	for i, k := range list { // the first of two is as faulty as the second
+		if !k.Foreign {
+			list[i].Fault = keys[k.ID].Fault
+		}
+	}
+	sort.SliceStable(list, func(i, j int) bool { return list[i].ID < list[j].ID })
+	return list, nil
+}
+
+// list reads the token.
+func (t *Token) list() ([]hsm.KeyRecord, error) {
+	publics, err := t.publics()
+	if err != nil {
+		return nil, err
+	}
+	privates, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})
+	if err != nil {
+		return nil, err
+	}
 	var list []hsm.KeyRecord
 	for _, object := range privates {
-		k, ours, err := t.record(object)
+		v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL)
 		if err != nil {
-			return nil, classify("inventory", err)
+			return nil, err
+		}
+		if string(v[1]) == transportLabel {
+			continue
+		}
+		k, err := t.record(object, v[0], string(v[1]), publics[string(v[0])])
+		if err != nil {
+			return nil, err
+		}
+		delete(publics, string(v[0]))
+		list = append(list, k)
+	}
+	for id, objects := range publics {
+		k, ours, err := t.lone(id, objects)
+		if err != nil {
+			return nil, err
 		}
 		if ours {
 			list = append(list, k)
 		}
 	}
-	secrets, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_SECRET_KEY)}, attribute{p11.CKA_TOKEN, true})
+	secrets, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_SECRET_KEY)})
 	if err != nil {
-		return nil, classify("inventory", err)
+		return nil, err
 	}
 	for _, object := range secrets {
 		v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL)
 		if err != nil {
-			return nil, classify("inventory", err)
+			return nil, err
 		}
-		if _, _, ok := parseDomainLabel(string(v[1])); !ok {
+		if _, _, ok := parseDomainLabel(string(v[1])); !ok && !isNote(string(v[1])) {
 			list = append(list, hsm.KeyRecord{KeySpec: hsm.KeySpec{ID: hsm.KeyIDOf(v[0]), Label: string(v[1])}, Foreign: true})
 		}
 	}
-
-	keys := make(map[hsm.KeyID]hsm.KeyRecord, len(list))
-	for i, k := range list {
-		if k.Foreign {
-			continue
-		}
-		if _, twice := keys[k.ID]; twice {
-			k.Fault = "two private keys have this id"
-			list[i] = k
-		}
-		keys[k.ID] = k
-	}
-	for i, k := range list { // the first of two is as faulty as the second
-		if !k.Foreign && keys[k.ID].Fault != "" {
-			list[i].Fault = keys[k.ID].Fault
-		}
-	}
-	t.mu.Lock()
-	t.keys = keys
-	for id := range t.signers {
-		if keys[id].Fault != "" || keys[id].ID == "" {
-			delete(t.signers, id)
-		}
-	}
-	t.mu.Unlock()
-	sort.Slice(list, func(i, j int) bool { return list[i].ID < list[j].ID })
 	return list, nil
 }
 
-// record describes one private key; ours is false for the transport key, which is no entry of the inventory.
-func (t *Token) record(object p11.ObjectHandle) (k hsm.KeyRecord, ours bool, err error) {
-	v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL, p11.CKA_KEY_TYPE, p11.CKA_EXTRACTABLE, p11.CKA_LOCAL)
+// publics lists the public keys by their ids.
+func (t *Token) publics() (map[string][]p11.ObjectHandle, error) {
+	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PUBLIC_KEY)})
 	if err != nil {
-		return k, false, err
+		return nil, err
 	}
-	if string(v[1]) == transportLabel {
-		return k, false, nil
+	out := make(map[string][]p11.ObjectHandle, len(objects))
+	for _, object := range objects {
+		v, err := t.read(object, p11.CKA_ID)
+		if err != nil {
+			return nil, err
+		}
+		out[string(v[0])] = append(out[string(v[0])], object)
 	}
-	k.ID, k.Extractable, k.Local = hsm.KeyIDOf(v[0]), isTrue(v[3]), isTrue(v[4])
-	purpose, name, ok := hsm.ParseObjectLabel(string(v[1]))
-	if !ok || len(v[0]) != 16 {
-		k.Label, k.Foreign = string(v[1]), true
-		return k, true, nil
-	}
-	k.Purpose, k.Label, k.Algorithm = purpose, name, hsm.P256
-	if k.Attributes, err = t.attributeDigest(object); err != nil {
-		return k, false, err
-	}
-	k.SPKI, k.Fault, err = t.publicHalf(v[0])
-	return k, true, err
+	return out, nil
 }
 
-// noPublic is the fault of a key whose import was cut short.
-const noPublic = "the public key is missing"
-
-// publicHalf reads the public object that goes with an id; what is wrong with it is a fault, not an error.
-func (t *Token) publicHalf(id []byte) (spki []byte, fault string, err error) {
-	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PUBLIC_KEY)}, attribute{p11.CKA_ID, id})
-	if err != nil {
-		return nil, "", err
+// record describes one private key with the public ones of its id.
+func (t *Token) record(object p11.ObjectHandle, id []byte, label string, publics []p11.ObjectHandle) (k hsm.KeyRecord, err error) {
+	k.ID = hsm.KeyIDOf(id)
+	purpose, name, ok := hsm.ParseObjectLabel(label)
+	if !ok || len(id) != 16 {
+		k.Label, k.Foreign = label, true
+		return k, nil
 	}
-	switch len(objects) {
+	k.Purpose, k.Label = purpose, name
+	v, err := t.read(object, p11.CKA_EXTRACTABLE, p11.CKA_LOCAL)
+	if err != nil {
+		return k, err
+	}
+	k.Extractable, k.Local = isTrue(v[0]), isTrue(v[1])
+	k.NonExtractable = !k.Extractable
+	if k.Algorithm, err = t.algorithmOf(object); err != nil {
+		return k, err
+	}
+	flags, err := t.flags(object)
+	if err != nil {
+		return k, err
+	}
+	k.Attributes = attributeDigest(k, flags)
+	switch len(publics) {
 	case 0:
-		return nil, noPublic, nil
+		k.Fault = noPublic
 	case 1:
+		if k.SPKI, k.Fault, err = t.publicKey(publics[0]); err != nil {
+			return k, err
+		}
 	default:
-		return nil, fmt.Sprintf("%d public keys have this id", len(objects)), nil
+		k.Fault = fmt.Sprintf("%d public keys have this id", len(publics))
 	}
-	v, err := t.read(objects[0], p11.CKA_KEY_TYPE)
+	if k.Algorithm == "" {
+		k.Fault = hollow
+	} else if k.Fault == "" {
+		if _, err := k.Algorithm.ParsePublic(k.SPKI); err != nil {
+			k.Fault = err.Error()
+		}
+	}
+	return k, nil
+}
+
+// lone describes public keys without a private one: what remains of a key half made or half destroyed, if they are ours.
+func (t *Token) lone(id string, objects []p11.ObjectHandle) (k hsm.KeyRecord, ours bool, err error) {
+	v, err := t.read(objects[0], p11.CKA_LABEL)
 	if err != nil {
-		return nil, "", err
+		return k, false, err
 	}
-	if string(v[0]) != string(p11.NewAttribute(p11.CKA_KEY_TYPE, uint(p11.CKK_EC)).Value) {
-		return nil, "the public key is not an elliptic-curve key", nil
+	purpose, name, ok := hsm.ParseObjectLabel(string(v[0]))
+	if !ok || len(id) != 16 {
+		return k, false, nil
 	}
-	if v, err = t.read(objects[0], p11.CKA_EC_PARAMS, p11.CKA_EC_POINT); err != nil {
-		return nil, "", err
+	k.KeySpec = hsm.KeySpec{ID: hsm.KeyIDOf([]byte(id)), Label: name, Purpose: purpose}
+	if k.Algorithm, err = t.algorithmOf(objects[0]); err != nil {
+		return k, false, err
 	}
-	if spki, err = spkiOf(v[0], v[1]); err != nil {
-		return nil, err.Error(), nil
+	if k.SPKI, _, err = t.publicKey(objects[0]); err != nil {
+		return k, false, err
 	}
-	return spki, "", nil
+	k.Fault = noPrivate
+	return k, true, nil
+}
+
+// pair is everything that the token holds under one id.
+type pair struct {
+	privates, publics []p11.ObjectHandle
+	// record is of the private key, or of the public one where there is no private one.
+	record hsm.KeyRecord
+}
+
+func (p pair) empty() bool { return len(p.privates)+len(p.publics) == 0 }
+
+func (t *Token) pair(id []byte) (p pair, err error) {
+	for class, to := range map[uint]*[]p11.ObjectHandle{p11.CKO_PRIVATE_KEY: &p.privates, p11.CKO_PUBLIC_KEY: &p.publics} {
+		if *to, err = t.find(attribute{p11.CKA_CLASS, class}, attribute{p11.CKA_ID, id}); err != nil {
+			return p, err
+		}
+	}
+	if len(p.privates) > 1 {
+		return p, hsm.Errorf(hsm.ClassRequest, "find", "%d private keys in token %s have id %x: an operator must look", len(p.privates), t.label, id)
+	}
+	if len(p.privates) == 1 {
+		v, err := t.read(p.privates[0], p11.CKA_LABEL)
+		if err != nil {
+			return p, err
+		}
+		p.record, err = t.record(p.privates[0], id, string(v[0]), p.publics)
+		return p, err
+	}
+	if len(p.publics) > 0 {
+		ours := false
+		if p.record, ours, err = t.lone(string(id), p.publics); err == nil && !ours {
+			p.record.Foreign = true
+		}
+	}
+	return p, err
 }

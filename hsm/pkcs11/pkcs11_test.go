@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	p11 "github.com/miekg/pkcs11"
@@ -16,184 +15,110 @@ import (
 	"trivet/hsm/pkcs11"
 )
 
-// blank is a directory with one token, initialised and holding its own keys; tests copy it, since an RSA key takes a while.
-var blank string
-
-func TestMain(m *testing.M) {
-	code := func() int {
-		dir, err := os.MkdirTemp("", "token")
-		if err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(dir)
-		blank = dir
-		return m.Run()
-	}()
-	os.Exit(code)
-}
-
-var makeBlank sync.Once
-
-// fresh is a new token of SoftHSM. Tests run one after the other: the module reads SOFTHSM2_CONF when it is initialised,
-// and one process has one configuration at a time.
-func fresh(t *testing.T) (cfg pkcs11.Config, init pkcs11.InitConfig) {
-	t.Helper()
-	module, dir := hsmtest.Module(t), t.TempDir()
-	pin, soPIN := filepath.Join(dir, "pin"), filepath.Join(dir, "so-pin")
-	hsmtest.Write(t, pin, "1234\n")
-	hsmtest.Write(t, soPIN, "5678\n")
-	init = pkcs11.InitConfig{Module: module, TokenLabel: "token-a", PINFile: pin, SOPINFile: soPIN}
-	cfg = pkcs11.Config{Module: module, TokenLabel: "token-a", PINFile: pin}
-	makeBlank.Do(func() {
-		t.Setenv("SOFTHSM2_CONF", hsmtest.SoftHSM(t, blank))
-		if made, err := pkcs11.Init(init); err != nil || !made {
-			t.Fatalf("made %v, %v", made, err)
-		}
-		token, err := pkcs11.Open(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := token.Close(); err != nil {
-			t.Fatal(err)
-		}
-	})
-	if err := os.CopyFS(filepath.Join(dir, "tokens"), os.DirFS(filepath.Join(blank, "tokens"))); err != nil {
-		t.Fatal(err)
-	}
-	t.Setenv("SOFTHSM2_CONF", hsmtest.SoftHSM(t, dir))
-	return cfg, init
-}
-
-func open(t *testing.T, cfg pkcs11.Config) *pkcs11.Token {
-	t.Helper()
-	token, err := pkcs11.Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := token.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return token
-}
-
 func TestTokenKeepsTheContract(t *testing.T) {
-	cfg, _ := fresh(t)
-	hsmtest.Run(t, hsmtest.Direct(open(t, cfg)))
-}
-
-// exported is a key of a token with a domain, and its blob.
-func exported(t *testing.T, token *pkcs11.Token) (hsm.KeyRecord, hsm.Blob) {
-	t.Helper()
-	k, err := token.Generate(hsmtest.Spec("demo-g1", hsm.PurposeCA))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := token.GenerateDomain("kek-1"); err != nil {
-		t.Fatal(err)
-	}
-	b, err := token.Export(k.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k, b
-}
-
-func objects(t *testing.T, token *pkcs11.Token, id hsm.KeyID, want int) {
-	t.Helper()
-	if n, err := token.Objects(id); err != nil || n != want {
-		t.Errorf("%d objects with id %s, want %d; %v", n, id, want, err)
-	}
+	each(t, func(t *testing.T, k *kind) {
+		cfg, _ := k.fresh(t)
+		c := hsmtest.Contract{Token: hsmtest.Direct(open(t, cfg))}
+		if k == softHSM { // the other has no Ed25519
+			c.Algorithms = hsm.Algorithms()
+		}
+		c.Run(t)
+	})
 }
 
 func TestImportRestoresALostKeyWhole(t *testing.T) {
-	cfg, _ := fresh(t)
-	token := open(t, cfg)
-	k, b := exported(t, token)
-	if err := token.Destroy(k.ID, p11.CKO_PRIVATE_KEY, p11.CKO_PUBLIC_KEY); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := token.Inventory(); err != nil {
-		t.Fatal(err)
-	}
-	_, err := token.Key(k.ID)
-	hsmtest.WantClass(t, err, hsm.ClassNotFound)
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		token := open(t, cfg)
+		k, b := exported(t, token)
+		if err := token.DestroyHalves(k.ID, p11.CKO_PRIVATE_KEY, p11.CKO_PUBLIC_KEY); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := token.Inventory(); err != nil {
+			t.Fatal(err)
+		}
+		_, err := token.Key(k.ID)
+		hsmtest.WantClass(t, err, hsm.ClassNotFound)
 
-	clone, err := token.Import(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if clone.Attributes != k.Attributes || !bytes.Equal(clone.SPKI, k.SPKI) || clone.Local || !clone.Extractable {
-		t.Errorf("clone %+v of %+v", clone, k)
-	}
-	objects(t, token, k.ID, 2)
-	hsmtest.SignAndVerify(t, hsmtest.Direct(token), clone, 3)
+		clone, err := token.Import(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if clone.Attributes != k.Attributes || !bytes.Equal(clone.SPKI, k.SPKI) || clone.Local || !clone.Extractable {
+			t.Errorf("clone %+v of %+v", clone, k)
+		}
+		objects(t, token, k.ID, 2)
+		hsmtest.SignAndVerify(t, hsmtest.Direct(token), clone, 3)
+	})
 }
 
 func TestImportCompletesAKeyWithoutItsPublicHalf(t *testing.T) {
-	cfg, _ := fresh(t)
-	token := open(t, cfg)
-	k, b := exported(t, token)
-	if err := token.Destroy(k.ID, p11.CKO_PUBLIC_KEY); err != nil {
-		t.Fatal(err)
-	}
-	list, err := token.Inventory()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if i := slices.IndexFunc(list, func(r hsm.KeyRecord) bool { return r.ID == k.ID }); i < 0 || list[i].Fault == "" {
-		t.Errorf("half a key is listed as whole: %+v", list)
-	}
-	_, err = token.Sign(k.ID, make([]byte, 32))
-	hsmtest.WantClass(t, err, hsm.ClassNotFound)
-	whole, err := token.Import(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	objects(t, token, k.ID, 2)
-	hsmtest.SignAndVerify(t, hsmtest.Direct(token), whole, 1)
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		token := open(t, cfg)
+		k, b := exported(t, token)
+		if err := token.DestroyHalves(k.ID, p11.CKO_PUBLIC_KEY); err != nil {
+			t.Fatal(err)
+		}
+		list, err := token.Inventory()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i := slices.IndexFunc(list, func(r hsm.KeyRecord) bool { return r.ID == k.ID }); i < 0 || list[i].Fault == "" {
+			t.Errorf("half a key is listed as whole: %+v", list)
+		}
+		_, err = token.Sign(k.ID, make([]byte, 32))
+		hsmtest.WantClass(t, err, hsm.ClassNotFound)
+		whole, err := token.Import(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		objects(t, token, k.ID, 2)
+		hsmtest.SignAndVerify(t, hsmtest.Direct(token), whole, 1)
+	})
 }
 
 func TestImportRemovesOnlyWhatItMade(t *testing.T) {
-	cfg, _ := fresh(t)
-	token := open(t, cfg)
-	k, b := exported(t, token)
-	other, err := token.Generate(hsmtest.Spec("other", hsm.PurposeCA))
-	if err != nil {
-		t.Fatal(err)
-	}
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		token := open(t, cfg)
+		k, b := exported(t, token)
+		other, err := token.Generate(hsmtest.Spec("other", hsm.PurposeCA))
+		if err != nil {
+			t.Fatal(err)
+		}
 
-	// An authenticated blob whose key and SPKI do not belong together: unwraps, fails its signature, is removed.
-	wrong := b
-	wrong.ID, wrong.SPKI = hsm.NewKeyID(), other.SPKI
-	if wrong, err = token.Rewrap(wrong); err != nil {
-		t.Fatal(err)
-	}
-	_, err = token.Import(wrong)
-	hsmtest.WantClass(t, err, hsm.ClassRequest)
-	objects(t, token, wrong.ID, 0)
+		// An authenticated blob whose key and SPKI do not belong together: unwraps, fails its signature, is removed.
+		wrong := b
+		wrong.ID, wrong.SPKI = hsm.NewKeyID(), other.SPKI
+		if wrong, err = token.Rewrap(wrong); err != nil {
+			t.Fatal(err)
+		}
+		_, err = token.Import(wrong)
+		hsmtest.WantClass(t, err, hsm.ClassRequest)
+		objects(t, token, wrong.ID, 0)
 
-	// Rubbish that is authenticated all the same.
-	wrong.Wrapped = make([]byte, 64)
-	if wrong, err = token.Rewrap(wrong); err != nil {
-		t.Fatal(err)
-	}
-	_, err = token.Import(wrong)
-	hsmtest.WantClass(t, err, hsm.ClassRequest)
-	objects(t, token, wrong.ID, 0)
+		// Rubbish that is authenticated all the same.
+		wrong.Wrapped = make([]byte, 64)
+		if wrong, err = token.Rewrap(wrong); err != nil {
+			t.Fatal(err)
+		}
+		_, err = token.Import(wrong)
+		hsmtest.WantClass(t, err, hsm.ClassRequest)
+		objects(t, token, wrong.ID, 0)
 
-	// An id that is taken by another key: refused, and that key is as it was.
-	taken := b
-	taken.ID, taken.Label = other.ID, other.Label
-	if taken, err = token.Rewrap(taken); err != nil {
-		t.Fatal(err)
-	}
-	_, err = token.Import(taken)
-	hsmtest.WantClass(t, err, hsm.ClassRequest)
-	objects(t, token, other.ID, 2)
-	hsmtest.SignAndVerify(t, hsmtest.Direct(token), other, 1)
-	hsmtest.SignAndVerify(t, hsmtest.Direct(token), k, 1)
+		// An id that is taken by another key: refused, and that key is as it was.
+		taken := b
+		taken.ID, taken.Label = other.ID, other.Label
+		if taken, err = token.Rewrap(taken); err != nil {
+			t.Fatal(err)
+		}
+		_, err = token.Import(taken)
+		hsmtest.WantClass(t, err, hsm.ClassRequest)
+		objects(t, token, other.ID, 2)
+		hsmtest.SignAndVerify(t, hsmtest.Direct(token), other, 1)
+		hsmtest.SignAndVerify(t, hsmtest.Direct(token), k, 1)
+	})
 }
 
 func TestPrivateKeysObeyThePolicy(t *testing.T) {
@@ -220,7 +145,7 @@ func TestPrivateKeysObeyThePolicy(t *testing.T) {
 		}
 	}
 	check("generated")
-	if err := token.Destroy(k.ID, p11.CKO_PRIVATE_KEY, p11.CKO_PUBLIC_KEY); err != nil {
+	if err := token.DestroyHalves(k.ID, p11.CKO_PRIVATE_KEY, p11.CKO_PUBLIC_KEY); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := token.Import(b); err != nil {
@@ -232,88 +157,95 @@ func TestPrivateKeysObeyThePolicy(t *testing.T) {
 	if probe.Extractable {
 		t.Error("the probe key is extractable")
 	}
-	_, err := token.Export(probe.ID)
+	_, err := token.Export(probe.ID, "")
 	hsmtest.WantClass(t, err, hsm.ClassRequest)
 }
 
 func TestForeignObjectsAreReportedAndNeverUsed(t *testing.T) {
-	cfg, _ := fresh(t)
-	token := open(t, cfg)
-	id := hsm.NewKeyID()
-	raw, _ := id.Bytes()
-	for _, label := range []string{"somebody's", "trivet:root:x"} {
-		if err := token.Plant(label, raw); err != nil {
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		token := open(t, cfg)
+		id := hsm.NewKeyID()
+		planted := id
+		for _, label := range []string{"somebody's", "trivet:root:x"} {
+			raw, err := id.Bytes()
+			must(t, err)
+			must(t, token.Plant(label, raw))
+			id = hsm.NewKeyID()
+		}
+		list, err := token.Inventory()
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	list, err := token.Inventory()
-	if err != nil {
-		t.Fatal(err)
-	}
-	foreign := 0
-	for _, k := range list {
-		if k.Foreign {
-			foreign++
-			if k.Purpose != "" {
-				t.Errorf("a foreign key has a purpose: %+v", k)
+		foreign := 0
+		for _, k := range list {
+			if k.Foreign {
+				foreign++
+				if k.Purpose != "" {
+					t.Errorf("a foreign key has a purpose: %+v", k)
+				}
 			}
 		}
-	}
-	if foreign != 4 {
-		t.Errorf("%d foreign objects, want 4: %+v", foreign, list)
-	}
-	_, err = token.Sign(id, make([]byte, 32))
-	hsmtest.WantClass(t, err, hsm.ClassNotFound)
-	if n := token.Info().Keys; n != 0 {
-		t.Errorf("%d usable keys", n)
-	}
+		if foreign != 4 {
+			t.Errorf("%d foreign objects, want 4: %+v", foreign, list)
+		}
+		_, err = token.Sign(planted, make([]byte, 32))
+		hsmtest.WantClass(t, err, hsm.ClassNotFound)
+		if i := token.Info(); i.Keys != 0 || i.Foreign != 4 || i.Faulty != 0 {
+			t.Errorf("%+v", i)
+		}
+	})
 }
 
 func TestKeysAndDomainSurviveReopening(t *testing.T) {
-	cfg, _ := fresh(t)
-	first, err := pkcs11.Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, b := exported(t, first)
-	info, probe := first.Info(), first.Probe()
-	if err := first.Close(); err != nil {
-		t.Fatal(err)
-	}
-	again := open(t, cfg)
-	if again.Info() != info || info.KEK != "kek-1" || info.Keys != 1 || again.Probe().ID != probe.ID {
-		t.Errorf("%+v, then %+v", info, again.Info())
-	}
-	hsmtest.SignAndVerify(t, hsmtest.Direct(again), k, 1)
-	if _, err := again.Import(b); err != nil {
-		t.Error(err)
-	}
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		first, err := pkcs11.Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, b := exported(t, first)
+		info, probe := first.Info(), first.Probe()
+		if err := first.Close(); err != nil {
+			t.Fatal(err)
+		}
+		again := open(t, cfg)
+		if again.Info() != info || info.KEK != "kek-1" || info.Keys != 1 || again.Probe().ID != probe.ID {
+			t.Errorf("%+v, then %+v", info, again.Info())
+		}
+		hsmtest.SignAndVerify(t, hsmtest.Direct(again), k, 1)
+		if _, err := again.Import(b); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestInitTouchesNoInitialisedToken(t *testing.T) {
-	cfg, init := fresh(t)
-	token, err := pkcs11.Open(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, _ := exported(t, token)
-	if err := token.Close(); err != nil {
-		t.Fatal(err)
-	}
-	for _, change := range []func(*pkcs11.InitConfig){
-		func(*pkcs11.InitConfig) {},
-		func(c *pkcs11.InitConfig) { // other PINs make no difference to a token that is there
-			c.PINFile = filepath.Join(t.TempDir(), "pin")
-			hsmtest.Write(t, c.PINFile, "9999")
-		},
-	} {
-		c := init
-		change(&c)
-		if made, err := pkcs11.Init(c); err != nil || made {
-			t.Errorf("made %v, %v", made, err)
+	each(t, func(t *testing.T, m *kind) {
+		cfg, init := m.fresh(t)
+		token, err := pkcs11.Open(cfg)
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	hsmtest.SignAndVerify(t, hsmtest.Direct(open(t, cfg)), k, 1)
+		k, _ := exported(t, token)
+		if err := token.Close(); err != nil {
+			t.Fatal(err)
+		}
+		for _, change := range []func(*pkcs11.InitConfig){
+			func(*pkcs11.InitConfig) {},
+			func(c *pkcs11.InitConfig) { // other PINs make no difference to a token that is there
+				c.PINFile = filepath.Join(t.TempDir(), "pin")
+				hsmtest.Write(t, c.PINFile, "9999")
+			},
+		} {
+			c := init
+			change(&c)
+			if made, err := pkcs11.Init(c); err != nil || made {
+				t.Errorf("made %v, %v", made, err)
+			}
+		}
+		hsmtest.SignAndVerify(t, hsmtest.Direct(open(t, cfg)), k, 1)
+	})
 }
 
 func TestPINFilesOpenToEverybodyAreRefused(t *testing.T) {
@@ -341,12 +273,14 @@ func TestPINFilesOpenToEverybodyAreRefused(t *testing.T) {
 }
 
 func TestAWrongPINIsItsOwnClass(t *testing.T) {
-	cfg, _ := fresh(t)
-	hsmtest.Write(t, cfg.PINFile, "4321")
-	_, err := pkcs11.Open(cfg)
-	hsmtest.WantClass(t, err, hsm.ClassPIN)
-	hsmtest.Write(t, cfg.PINFile, "1234")
-	open(t, cfg)
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		hsmtest.Write(t, cfg.PINFile, "4321")
+		_, err := pkcs11.Open(cfg)
+		hsmtest.WantClass(t, err, hsm.ClassPIN)
+		hsmtest.Write(t, cfg.PINFile, "1234")
+		open(t, cfg)
+	})
 }
 
 func TestModuleCodesHaveTheirClass(t *testing.T) {
@@ -388,7 +322,7 @@ func FuzzImport(f *testing.F) {
 	if err := token.GenerateDomain("fuzz"); err != nil {
 		f.Fatal(err)
 	}
-	b, err := token.Export(k.ID)
+	b, err := token.Export(k.ID, "")
 	if err != nil {
 		f.Fatal(err)
 	}
