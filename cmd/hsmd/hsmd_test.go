@@ -48,7 +48,7 @@ func prove(t *testing.T, m *hsmtest.Member, k hsm.KeyRecord) (incarnation string
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !hsmtest.Verifies(t, k.SPKI, hsm.ChallengeDigest("demo", m.Name, incarnation, k.ID, nonce), sig) {
+	if !hsmtest.Verifies(t, k.SPKI, hsm.ChallengeDigest(k.Algorithm, "demo", m.Name, incarnation, k.ID, nonce), sig) {
 		t.Errorf("the proof of %s does not verify", m.Name)
 	}
 	return incarnation
@@ -66,13 +66,13 @@ func TestKeysAreClonedFromMemberToMember(t *testing.T) {
 	for _, hop := range []struct{ from, to *hsmtest.Member }{{a, b}, {b, c}} {
 		from, to := hop.from.Client(identity.RoleSync), hop.to.Client(identity.RoleSync)
 		ctx := within(t, 20*time.Second)
-		blob, err := from.Export(ctx, k.ID)
+		blob, err := from.Export(ctx, k.ID, "")
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, err = to.Import(ctx, blob)
 		hsmtest.WantClass(t, err, hsm.ClassRequest) // no domain key yet
-		if err := hop.to.Join(hop.from); err != nil {
+		if err := enroll(t, lab, hop.from, hop.to); err != nil {
 			t.Fatal(err)
 		}
 		for name, bad := range hsmtest.Tampered(blob) {
@@ -107,7 +107,7 @@ func TestAnotherDomainOfTheSameNameIsRefused(t *testing.T) {
 	}
 	hsmtest.WantClass(t, b.Join(a), hsm.ClassRequest)
 	k := newKey(t, a)
-	blob, err := a.Client(identity.RoleSync).Export(within(t, 10*time.Second), k.ID)
+	blob, err := a.Client(identity.RoleSync).Export(within(t, 10*time.Second), k.ID, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func TestKillKeepsKeysAndChangesTheIncarnation(t *testing.T) {
 	k := newKey(t, m)
 	before := prove(t, m, k)
 	m.Kill()
-	_, err := m.Client(identity.RoleCA).Sign(within(t, 5*time.Second), k.ID, hsmtest.Digests(1))
+	_, err := m.Client(identity.RoleCA).Sign(within(t, 5*time.Second), hsm.SignRequest{Key: k.ID, Digests: hsmtest.Digests(1)})
 	hsmtest.WantClass(t, err, hsm.ClassDevice)
 	m.Start()
 	m.WaitReady()
@@ -141,14 +141,14 @@ func TestAFrozenAgentMeetsTheCallersDeadline(t *testing.T) {
 	faults.Set("slow", "100000")
 	signing := make(chan error, 1)
 	go func() {
-		_, err := c.Sign(within(t, 500*time.Millisecond), k.ID, hsmtest.Digests(64))
+		_, err := c.Sign(within(t, 500*time.Millisecond), hsm.SignRequest{Key: k.ID, Digests: hsmtest.Digests(64)})
 		signing <- err
 	}()
 	for m.WaitReady().InFlight < 1 {
 		continue
 	}
 	m.Freeze()
-	_, err := c.Sign(within(t, 1500*time.Millisecond), k.ID, hsmtest.Digests(1))
+	_, err := c.Sign(within(t, 1500*time.Millisecond), hsm.SignRequest{Key: k.ID, Digests: hsmtest.Digests(1)})
 	hsmtest.WantClass(t, err, hsm.ClassDevice)
 	hsmtest.WantClass(t, <-signing, hsm.ClassDevice)
 	faults.Clear("slow")
@@ -165,7 +165,7 @@ func TestAHungModuleEndsTheProcess(t *testing.T) {
 	m.Serve()
 	k := newKey(t, m)
 	faults.Set("hang", "")
-	_, err := m.Client(identity.RoleCA).Sign(within(t, 10*time.Second), k.ID, hsmtest.Digests(64))
+	_, err := m.Client(identity.RoleCA).Sign(within(t, 10*time.Second), hsm.SignRequest{Key: k.ID, Digests: hsmtest.Digests(64)})
 	hsmtest.WantClass(t, err, hsm.ClassDevice)
 	if code := m.Exit(); code != 1 {
 		t.Errorf("exit code %d", code)
@@ -182,7 +182,7 @@ func TestALostDeviceOrSessionEndsTheProcess(t *testing.T) {
 	k := newKey(t, m)
 	for _, code := range []string{"0x30", "0xB3", "0x101"} { // DEVICE_ERROR, SESSION_HANDLE_INVALID, USER_NOT_LOGGED_IN
 		faults.Set("error", code)
-		_, err := m.Client(identity.RoleCA).Sign(within(t, 10*time.Second), k.ID, hsmtest.Digests(1))
+		_, err := m.Client(identity.RoleCA).Sign(within(t, 10*time.Second), hsm.SignRequest{Key: k.ID, Digests: hsmtest.Digests(1)})
 		hsmtest.WantClass(t, err, hsm.ClassDevice, hsm.ClassSession)
 		if code := m.Exit(); code != 1 {
 			t.Errorf("exit code %d", code)
@@ -204,10 +204,10 @@ func TestASpoiltImportLeavesNothing(t *testing.T) {
 	if err := a.Client(identity.RoleSync).GenerateDomain(within(t, 10*time.Second), "kek-1"); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.Join(a); err != nil {
+	if err := enroll(t, lab, a, b); err != nil {
 		t.Fatal(err)
 	}
-	blob, err := a.Client(identity.RoleSync).Export(within(t, 10*time.Second), k.ID)
+	blob, err := a.Client(identity.RoleSync).Export(within(t, 10*time.Second), k.ID, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +236,7 @@ func TestEveryDigestInTheModuleHasARecord(t *testing.T) {
 	k := newKey(t, m)
 	faults.Set("digests", "")
 	digests := hsmtest.Digests(20)
-	if _, err := m.Client(identity.RoleCA).Sign(within(t, 10*time.Second), k.ID, digests); err != nil {
+	if _, err := m.Client(identity.RoleCA).Sign(within(t, 10*time.Second), hsm.SignRequest{Key: k.ID, Digests: digests}); err != nil {
 		t.Fatal(err)
 	}
 	prove(t, m, k)
@@ -267,7 +267,7 @@ func TestEveryDigestInTheModuleHasARecord(t *testing.T) {
 			t.Error("a digest was not signed")
 		}
 	}
-	if got := strings.Join(events, ", "); got != "init-token begun, init-token ok, generate begun, generate ok, challenge begun, signatures ok" {
+	if got := strings.Join(events, ", "); got != "init-token begun, init-token ok, start ok, generate begun, generate ok, challenge begun, signatures ok" {
 		t.Errorf("audit record: %s", got)
 	}
 	if !strings.Contains(record.String(), "count=20") || !strings.Contains(record.String(), "class=pop group=demo digest=") {
@@ -367,7 +367,7 @@ func TestConfigurationMistakesAreNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	for change, want := range map[string]string{
-		"": "", "colour: red\n": "colour", "sessions: 0\n": "sessions is 0", "call_timeout: 1h\n": "call_timeout is 1h0m0s", "queue: none\n": "queue",
+		"": "", "approvals: 0\n": "approvals is 0", "activation: sometimes\n": "must be auto or manual", "colour: red\n": "colour", "sessions: 0\n": "sessions is 0", "call_timeout: 1h\n": "call_timeout is 1h0m0s", "queue: none\n": "queue",
 	} {
 		hsmtest.Write(t, m.Config, string(good)+change)
 		out, err := m.Command("--config", m.Config, "--check").CombinedOutput()
@@ -408,7 +408,7 @@ func TestHealthAndMetricsTellTheTruth(t *testing.T) {
 	}
 	get("/readyz")
 	text := get("/metrics")
-	for _, want := range []string{`trivet_hsm_calls_total{class="ok",op="sign"} 1`, `trivet_hsm_signatures_total{purpose="ca"} 5`, `trivet_hsm_probe_ok 1`, `trivet_hsm_module_seconds_count{op="sign"} 5`, "trivet_hsm_in_flight 0"} {
+	for _, want := range []string{`trivet_hsm_calls_total{class="ok",op="sign"} 1`, `trivet_hsm_signatures_total{key="` + string(k.ID) + `",purpose="ca"} 5`, "trivet_hsm_keys 1", "trivet_hsm_locked 0", "trivet_hsm_epoch 0", "trivet_hsm_queue_depth 0", "trivet_hsm_foreign_objects 0", "trivet_hsm_capacity 16", `trivet_hsm_probe_ok 1`, `trivet_hsm_module_seconds_count{op="sign"} 5`, "trivet_hsm_in_flight 0"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("metrics lack %s", want)
 		}

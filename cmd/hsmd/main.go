@@ -15,6 +15,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -32,6 +33,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"trivet/health"
+	"trivet/hsm"
 	"trivet/hsm/agent"
 	"trivet/hsm/pkcs11"
 	"trivet/identity"
@@ -92,8 +94,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, log *slog.Logger)
 // makeToken initialises a blank token and has it make its own keys, so that the first start is quick. It takes the audit
 // record first, as serve does: that keeps it away from a token that a running agent holds.
 func makeToken(cfg *Config, stdout io.Writer, log *slog.Logger) error {
-	if cfg.SOPINFile == "" {
-		return errors.New("checking configuration: init-token needs so_pin_file")
+	if cfg.SOPINFile == "" || cfg.PINFile == "" {
+		return errors.New("checking configuration: init-token needs so_pin_file and pin_file")
 	}
 	record, err := journal.Open(journal.Config{Dir: filepath.Join(cfg.StateDir, "audit"), Node: cfg.Node, Log: log})
 	if err != nil {
@@ -103,11 +105,13 @@ func makeToken(cfg *Config, stdout io.Writer, log *slog.Logger) error {
 	if err := enter(record, agent.Act{Actor: "operator", Event: "init-token", Object: cfg.Token, Outcome: "begun"}); err != nil {
 		return err
 	}
-	made, err := pkcs11.Init(pkcs11.InitConfig{Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, SOPINFile: cfg.SOPINFile})
+	made, err := pkcs11.Init(pkcs11.InitConfig{
+		Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, SOPINFile: cfg.SOPINFile, Profile: cfg.Profile, Dir: cfg.TokenDir,
+	})
 	if err != nil {
 		return err
 	}
-	token, err := newPINGuard(cfg).open(pkcs11.Config{Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, Log: log})
+	token, err := login(cfg, log)
 	if err != nil {
 		return err
 	}
@@ -148,23 +152,46 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		return fmt.Errorf("listening: %w", err)
 	}
 	defer listener.Close()
-	token, err := newPINGuard(cfg).open(pkcs11.Config{
-		Module: cfg.Module, TokenLabel: cfg.Token, PINFile: cfg.PINFile, MaxSessions: cfg.Sessions + 2, PoolWait: cfg.CallTimeout, Log: log,
-	})
+	state, err := openState(cfg, record)
 	if err != nil {
 		return err
+	}
+	self := id.Principal().String()
+	var token agent.Token // nil: the agent starts locked
+	if cfg.Activation == activationAuto {
+		if token, err = loginWithin(ctx, max(time.Minute, 20*cfg.CallTimeout), cfg, log); err != nil {
+			if ctx.Err() != nil { // told to stop, which is no failure
+				return nil
+			}
+			if hsm.ClassOf(err) == hsm.ClassPIN {
+				err = errors.Join(err, enter(record, agent.Act{Actor: self, Event: "login", Object: cfg.Token, Outcome: hsm.ClassPIN.String(), Detail: err.Error()}))
+			}
+			return err
+		}
+	}
+	if cfg.Approvals < 2 {
+		log.Warn("one person alone can destroy keys, enrol members, take backups and change the site epoch: approvals is 1")
 	}
 
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	lost := make(chan error, 1)
-	server, err := agent.NewServer(agent.Config{
-		Token: token, Identity: id, Member: cfg.Node, Incarnation: hex.EncodeToString(incarnation[:]), Version: version(),
+	agentConfig := agent.Config{
+		Token: token, Label: cfg.Token, Identity: id, State: state, Approvals: cfg.Approvals, Member: cfg.Node,
+		Incarnation: hex.EncodeToString(incarnation[:]), Version: version(),
 		Capacity: cfg.Sessions, Queue: cfg.Queue, CallTimeout: cfg.CallTimeout, ProbeEvery: cfg.ProbeEvery,
 		Audit: func(a agent.Act) error { return enter(record, a) },
 		Fatal: func(err error) { lost <- err }, Log: log, Metrics: metrics,
-	})
+	}
+	if token == nil {
+		agentConfig.Activate = func(pin string) (agent.Token, error) { return newPINGuard(cfg, "an operator").open(cfg.open(log), pin) }
+	}
+	server, err := agent.NewServer(agentConfig)
 	if err != nil {
+		return err
+	}
+	if err := enter(record, agent.Act{Actor: self, Event: eventStart, Object: cfg.Token, Outcome: "ok",
+		Detail: fmt.Sprintf("version=%s activation=%s approvals=%d", version(), cfg.Activation, cfg.Approvals)}); err != nil {
 		return err
 	}
 	mux := http.NewServeMux()
@@ -172,7 +199,8 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	mux.Handle("GET /metrics", identity.Allow(promhttp.HandlerFor(metrics, promhttp.HandlerOpts{}), identity.Roles()...))
 	web := &http.Server{
 		Handler: mux, TLSConfig: id.ServerTLS(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
-		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		// The longest answer is that to making an RSA key, or opening the token: 30 s or twenty calls, and the wait before.
+		WriteTimeout: max(time.Minute, 30*cfg.CallTimeout), IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 
@@ -190,7 +218,7 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		}
 		return nil
 	})
-	log.Info("serving", "listen", cfg.Listen, "token", cfg.Token, "incarnation", hex.EncodeToString(incarnation[:]), "version", version())
+	log.Info("serving", "listen", cfg.Listen, "token", cfg.Token, "incarnation", hex.EncodeToString(incarnation[:]), "version", version(), "activation", cfg.Activation)
 
 	var cause error
 	select {
@@ -204,13 +232,79 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	endInner()
 	err = group.Wait()
 	closed := make(chan error, 1)
-	go func() { closed <- token.Close() }()
+	go func() { closed <- server.Close() }()
 	select {
 	case failed := <-closed:
 		return errors.Join(cause, err, failed)
 	case cause := <-lost: // Close waits for running calls, so a hung one must be waited for no longer
 		return cause
 	}
+}
+
+// login opens the token with the PIN of the PIN file.
+func login(cfg *Config, log *slog.Logger) (*pkcs11.Token, error) {
+	pin, err := pkcs11.ReadPIN(cfg.PINFile)
+	if err != nil {
+		return nil, err
+	}
+	return newPINGuard(cfg, cfg.PINFile).open(cfg.open(log), pin)
+}
+
+// loginWithin is login for a start: a module that hangs while it is opened ends the process, as one does later.
+func loginWithin(ctx context.Context, limit time.Duration, cfg *Config, log *slog.Logger) (agent.Token, error) {
+	type result struct {
+		token *pkcs11.Token
+		err   error
+	}
+	done := make(chan result, 1)
+	go func() {
+		t, err := login(cfg, log)
+		done <- result{t, err}
+	}()
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case r := <-done:
+		if r.err != nil {
+			return nil, r.err
+		}
+		return r.token, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("opening the token: told to stop: %w", ctx.Err())
+	case <-timer.C:
+		return nil, fmt.Errorf("opening the token: the module did not return within %s, and a PKCS#11 call cannot be cancelled", limit)
+	}
+}
+
+// eventStart is in the audit record once the agent's state has been made.
+const eventStart = "start"
+
+// openState reads what the agent must not forget. Only an agent that never started makes it: where it was and is no more,
+// starting without would forget which keys were destroyed.
+func openState(cfg *Config, record *journal.Journal) (*agent.State, error) {
+	state, err := agent.OpenState(cfg.StateDir)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return state, err
+	}
+	started := false
+	if err := record.Replay(func(e journal.Entry) error {
+		var a journal.Audit
+		if e.Kind != journal.KindAudit {
+			return nil
+		}
+		if err := e.Decode(&a); err != nil {
+			return fmt.Errorf("reading the audit record: %w", err)
+		}
+		started = started || a.Event == eventStart
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	if started {
+		return nil, fmt.Errorf("the audit record says that this agent has started before, but its state is gone: put back the newest copy of it in "+
+			"state_dir, or have people look at what this token holds and set it up anew as another member: %w", err)
+	}
+	return agent.CreateState(cfg.StateDir)
 }
 
 func shutdown(web *http.Server, grace time.Duration) error {
@@ -250,7 +344,8 @@ func reloadOnHangup(ctx context.Context, id *identity.Identity, log *slog.Logger
 	}
 }
 
-// feedSystemd says ready once the token has signed, and then feeds the watchdog, if there is one, while it goes on to.
+// feedSystemd says ready once the token has signed, or waits for a person to activate it, and then feeds the watchdog, if
+// there is one, while that is so.
 func feedSystemd(ctx context.Context, server *agent.Server) error {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
@@ -266,7 +361,7 @@ func feedSystemd(ctx context.Context, server *agent.Server) error {
 			return err
 		case <-tick.C:
 		}
-		if server.Report().State != health.OK {
+		if server.Report().State != health.OK && server.Info().Locked == "" {
 			continue
 		}
 		state := daemon.SdNotifyWatchdog
