@@ -89,8 +89,17 @@ func (s *Store) InsertSiteEpoch(ctx context.Context, e SiteEpoch) error {
 	return s.insertOne(ctx, siteEpochTable, []any{e.N, e.Site, micros(e.Created)})
 }
 
-// GroupLog returns a key group's chain by n, causally read.
-func (s *Store) GroupLog(ctx context.Context, group string) ([]GroupEvent, error) {
+// GroupLog returns a key group's chain by n, from position from on, causally read.
+func (s *Store) GroupLog(ctx context.Context, group string, from uint32) ([]GroupEvent, error) {
+	return s.groupLog(ctx, "WHERE key_group = ? AND n >= ? ORDER BY n", group, from)
+}
+
+// GroupLogEnd returns the newest event of a key group's chain, causally read: none while the chain is empty.
+func (s *Store) GroupLogEnd(ctx context.Context, group string) ([]GroupEvent, error) {
+	return s.groupLog(ctx, "WHERE key_group = ? ORDER BY n DESC LIMIT 1", group)
+}
+
+func (s *Store) groupLog(ctx context.Context, which string, args ...any) ([]GroupEvent, error) {
 	var out []GroupEvent
 	_, err := s.Read(ctx, "group log", "", func(ctx context.Context, c *sql.Conn) error {
 		out = nil
@@ -99,7 +108,7 @@ func (s *Store) GroupLog(ctx context.Context, group string) ([]GroupEvent, error
 			err := r.Scan(&e.Group, &e.N, &e.Event, &e.Subject, &e.Payload, &e.Actor, &e.Created)
 			out = append(out, e)
 			return err
-		}, "SELECT "+groupLogColumns+" FROM group_log WHERE key_group = ? ORDER BY n", group)
+		}, "SELECT "+groupLogColumns+" FROM group_log "+which, args...)
 	})
 	return out, err
 }

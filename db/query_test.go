@@ -194,10 +194,21 @@ func TestChainsHaveOneWinnerPerNumber(t *testing.T) {
 	if e, err := s.SiteEpoch(soon(t)); err != nil || e.N != 1 || e.Site != "primary" {
 		t.Errorf("got %+v, %v", e, err)
 	}
-	if err := s.AppendGroupLog(soon(t), db.GroupEvent{Group: "ca", N: 1, Event: "live", Subject: "k", Payload: []byte("{}"), Actor: "a"}); err != nil {
-		t.Error(err)
+	if l, err := s.GroupLogEnd(soon(t), "ca"); err != nil || len(l) != 0 {
+		t.Errorf("got %+v, %v", l, err)
 	}
-	if l, err := s.GroupLog(soon(t), "ca"); err != nil || len(l) != 1 || l[0].Event != "live" {
+	for n, event := range []string{"pending", "live", "retired"} {
+		if err := s.AppendGroupLog(soon(t), db.GroupEvent{Group: "ca", N: uint32(n + 1), Event: event, Subject: "k", Payload: []byte("{}"), Actor: "a"}); err != nil {
+			t.Error(err)
+		}
+	}
+	for from, want := range []int{3, 3, 2, 1, 0} {
+		l, err := s.GroupLog(soon(t), "ca", uint32(from))
+		if err != nil || len(l) != want || want > 0 && l[want-1].Event != "retired" {
+			t.Errorf("from %d: got %+v, %v", from, l, err)
+		}
+	}
+	if l, err := s.GroupLogEnd(soon(t), "ca"); err != nil || len(l) != 1 || l[0].N != 3 {
 		t.Errorf("got %+v, %v", l, err)
 	}
 	rows := checkLanes(t, s)

@@ -2,15 +2,12 @@
 // signs on the least busy member that has proved, in its present incarnation, that it holds the key; work on a member
 // that dies, errs or takes too long is done again by another; every signature is verified here before anyone sees it.
 //
-// What keys there are is decided by the group's log in the database (Chain, Fold); a Group remembers the live ones and
-// goes on signing while the database is gone. The coordinator (CreateDomain, CreateKey) brings keys into being.
+// Which members and keys there are is decided by the group's log in the database (Chain, State); a Group follows it, and
+// goes on signing with what it knows while the database is gone. The Coordinator is what writes the log.
 package hsmsync
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,7 +15,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sync/errgroup"
 
 	"trivet/hsm"
 	"trivet/hsm/agent"
@@ -27,80 +23,103 @@ import (
 
 const (
 	defaultAttempt = 300 * time.Millisecond
-	// perDigest is added to an attempt's deadline for every digest after the first: a slow HSM signs some 200 a second.
-	perDigest = 5 * time.Millisecond
-	// A member is asked for its health this often, sooner while it has work, and must answer in healthTimeout.
-	healthIdle, healthBusy, healthTimeout = 500 * time.Millisecond, 250 * time.Millisecond, 250 * time.Millisecond
-	// missesToFail health answers missed in a row turn a suspect member into a failed one.
-	missesToFail     = 3
-	challengeTimeout = time.Second
-	// A key that could not be proved is tried again after proveAgain.
-	proveAgain = time.Second
-	// The manifest is read this often; sooner while no reading has succeeded yet.
-	manifestEvery, manifestTimeout = 2 * time.Second, 5 * time.Second
+	defaultQueue   = 4096
 )
 
 // Member is one HSM behind its agent.
 type Member struct {
 	Name    string `yaml:"name"`    // as in the agent's own configuration and identity
 	Address string `yaml:"address"` // host:port of its mTLS listener
+	// Site is where it stands; Standby makes it one that serves only when no active member can. Both matter only as long as the group's log names no members.
+	Site    string `yaml:"site,omitempty"`
+	Standby bool   `yaml:"standby,omitempty"`
 }
 
-// Agent is what the group asks of a member; *agent.Client is the real one. Every call ends with its context, is safe
-// for concurrent use and never retries by itself. Errors carry an *hsm.Error, by whose class the group decides.
+// Agent is what is asked of a member; *agent.Client is the real one. Every call needs a deadline and ends with its
+// context, is safe for concurrent use and never retries by itself. Errors carry an *hsm.Error, by whose class is decided
+// what to do next.
 type Agent interface {
 	Health(ctx context.Context) (hsm.Info, error)
-	Sign(ctx context.Context, key hsm.KeyID, digests [][]byte) ([][]byte, error)
+	Inventory(ctx context.Context) ([]hsm.KeyRecord, error)
+	Sign(ctx context.Context, req hsm.SignRequest) ([][]byte, error)
 	Challenge(ctx context.Context, group string, key hsm.KeyID, nonce []byte) (sig []byte, incarnation string, err error)
 	Generate(ctx context.Context, spec hsm.KeySpec) (hsm.KeyRecord, error)
-	Export(ctx context.Context, key hsm.KeyID) (hsm.Blob, error)
+	// Export wraps with the domain key called kek; empty is the current one.
+	Export(ctx context.Context, key hsm.KeyID, kek string) (hsm.Blob, error)
 	Import(ctx context.Context, blob hsm.Blob) (hsm.KeyRecord, error)
+	Adopt(ctx context.Context, req hsm.AdoptRequest) (hsm.KeyRecord, error)
+	Destroy(ctx context.Context, req hsm.DestroyRequest) error
 	TransportKey(ctx context.Context) ([]byte, error)
 	GenerateDomain(ctx context.Context, kek string) error
-	ExportDomain(ctx context.Context, transport []byte) (wrapped []byte, kek string, err error)
+	ExportDomain(ctx context.Context, req hsm.DomainRequest) (wrapped []byte, kek string, err error)
 	ImportDomain(ctx context.Context, kek string, wrapped []byte) error
+	Rotate(ctx context.Context, kek string) error
+	DropDomain(ctx context.Context, kek string) error
+	BackupDomain(ctx context.Context, req hsm.BackupRequest) (wrapped []byte, kek string, err error)
+	SetEpoch(ctx context.Context, record hsm.EpochRecord) error
+	Activate(ctx context.Context, pin string) error
 }
 
 // Config says what a Group is made of.
 type Config struct {
 	// Group is the group's name: the name of its log, and bound into every proof.
 	Group string
-	// Members are all members of the group, in order of preference where nothing else decides.
+	// Site is where this process runs: with policy `prefer: local` members of that site come first.
+	Site string
+	// Members are used as long as the group's log names none; they may be empty.
 	Members []Member
-	// Identity is this process's. Its role decides which keys the group may prove and sign with.
+	// Identity is this process's. Its role decides which keys the group may have proved and sign with.
 	Identity *identity.Identity
-	// Manifest tells the keys. One that is a Chain as well, as NewManifest's is, lets this group create keys.
+	// Manifest tells members and keys.
 	Manifest Manifest
-	// Attempt is how long one member may take over one signature before another is asked; a batch may take 5 ms more
-	// for each further digest. Zero means 300 ms.
+	// Attempt is how long one member may take over one signature before it is suspect; more for a batch and for a member
+	// known to be slow. Another member is asked well before that. Zero means 300 ms.
 	Attempt time.Duration
+	// Epoch is the site epoch of this process, fixed at its start; members refuse keys of purpose ca and crl to others.
+	Epoch uint64
+	// Recovery says how failed members come back.
+	Recovery Recovery
+	// Queue bounds the digests that wait for a member; beyond it signing fails with class overloaded. Zero means 4096.
+	Queue int
 	// Connect makes the client of a member. Nil means agent.NewClient with Identity.
 	Connect func(Member) Agent
-	// Now tells the time for proofs and log entries; nil means time.Now. Nothing is ordered by it.
+	// Now tells the time for proofs; nil means time.Now. Nothing is ordered by it.
 	Now func() time.Time
 	// Log is required. Metrics may be nil.
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
 
+// Recovery says how failed members come back. The zero Recovery means every second, without end.
+type Recovery struct {
+	// Every is the pause between two attempts.
+	Every time.Duration
+	// Attempts is how many are made before the member is given up until an operator has it recovered: -1 without end, 0
+	// none at all.
+	Attempts int
+}
+
 // Group is one virtual HSM. All methods are safe for concurrent use. Nothing is known of any member until Run runs.
 type Group struct {
 	cfg     Config
 	role    string
-	actor   string // principal URI, for the log
-	chain   Chain  // nil when the manifest cannot be written
 	log     *slog.Logger
 	metrics *metrics
-
-	creating sync.Mutex // one act of the coordinator at a time in this process
+	reading chan struct{} // holds a token while the log is read: one reading at a time
 
 	// mu guards all below, the members' changing fields included.
-	mu       sync.Mutex
-	members  []*member
-	keys     map[hsm.KeyID]*Key        // live ones
-	manifest map[hsm.KeyID]ManifestKey // as last read, whatever the state
-	read     bool                      // manifest has been read at least once
-	turn     int                       // breaks ties between equally busy members
+	mu      sync.Mutex
+	state   *State // what the log amounts to, as last read
+	trail   []mark // of its entries, to find where the log read anew differs
+	read    bool   // the log has been read at least once
+	lost    bool   // the log was seen to be shorter than state
+	members []*member
+	keys    map[hsm.KeyID]*Key // live ones
+	launch  func(*member)      // starts a member's goroutines; nil while Run does not run
+	waiting []*Key             // keys with pieces that wait for a member, the one to be served next first
+	backlog int                // digests let in and not yet handed to a member
+	hedges  float64            // how many more members may be asked beside a slow one, see hedge
+	turn    int                // counts what is handed to members
 }
 
 // New makes a group. It connects to nothing.
@@ -108,13 +127,22 @@ func New(cfg Config) (*Group, error) {
 	switch {
 	case cfg.Group == "":
 		return nil, errors.New("group has no name")
-	case len(cfg.Members) == 0:
-		return nil, fmt.Errorf("group %s has no members", cfg.Group)
 	case cfg.Identity == nil || cfg.Manifest == nil || cfg.Log == nil:
 		return nil, fmt.Errorf("group %s needs an identity, a manifest and a logger", cfg.Group)
+	case cfg.Recovery.Attempts < -1 || cfg.Recovery.Every < 0 || cfg.Queue < 0:
+		return nil, fmt.Errorf("group %s: recovery %+v and queue %d: want attempts of -1 or more, nothing else negative", cfg.Group, cfg.Recovery, cfg.Queue)
 	}
 	if cfg.Attempt <= 0 {
 		cfg.Attempt = defaultAttempt
+	}
+	if cfg.Queue == 0 {
+		cfg.Queue = defaultQueue
+	}
+	if cfg.Recovery == (Recovery{}) {
+		cfg.Recovery = Recovery{Every: recoverEvery, Attempts: -1}
+	}
+	if cfg.Recovery.Every == 0 {
+		cfg.Recovery.Every = recoverEvery
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -122,52 +150,63 @@ func New(cfg Config) (*Group, error) {
 	if cfg.Connect == nil {
 		cfg.Connect = func(m Member) Agent { return agent.NewClient(m.Name, m.Address, cfg.Identity) }
 	}
-	p := cfg.Identity.Principal()
 	g := &Group{
-		cfg: cfg, role: string(p.Role), actor: p.String(), log: cfg.Log.With("group", cfg.Group),
-		keys: map[hsm.KeyID]*Key{}, manifest: map[hsm.KeyID]ManifestKey{},
+		cfg: cfg, role: string(cfg.Identity.Principal().Role), log: cfg.Log.With("group", cfg.Group),
+		reading: make(chan struct{}, 1), state: NewState(), keys: map[hsm.KeyID]*Key{}, hedges: maxHedges,
 	}
-	g.chain, _ = cfg.Manifest.(Chain)
+	var err error
+	if g.metrics, err = newMetrics(g, cfg.Metrics); err != nil {
+		return nil, err
+	}
 	seen := map[string]bool{}
 	for _, m := range cfg.Members {
 		if m.Name == "" || seen[m.Name] {
 			return nil, fmt.Errorf("group %s: member name %q is empty or appears twice", cfg.Group, m.Name)
 		}
 		seen[m.Name] = true
-		g.members = append(g.members, newMember(m, cfg.Connect(m)))
-	}
-	var err error
-	if g.metrics, err = newMetrics(g, cfg.Metrics); err != nil {
-		return nil, err
+		l := GroupMember{Name: m.Name, State: MemberActive, MemberEntry: MemberEntry{Address: m.Address, Site: m.Site}}
+		if m.Standby {
+			l.State = MemberStandby
+		}
+		g.members = append(g.members, g.newMember(l))
 	}
 	return g, nil
 }
 
-// Run follows the members' health and the manifest, and has members prove their keys, until ctx ends; it then returns
+// Run follows the group's log and the members' health, and has members prove their keys, until ctx ends; it then returns
 // nil. It must run exactly once for Key to sign.
 func (g *Group) Run(ctx context.Context) error {
-	run, ctx := errgroup.WithContext(ctx)
-	run.Go(func() error { g.followManifest(ctx); return nil })
-	for _, m := range g.members {
-		run.Go(func() error { g.watch(ctx, m); return nil })
-		run.Go(func() error { g.prove(ctx, m); return nil })
+	var attending sync.WaitGroup
+	g.mu.Lock()
+	g.launch = func(m *member) {
+		mctx, stop := context.WithCancel(ctx)
+		m.stop = stop
+		attending.Go(func() { g.attend(mctx, m) })
 	}
-	err := run.Wait()
 	for _, m := range g.members {
-		if c, ok := m.agent.(interface{ Close() }); ok {
-			c.Close()
+		if m.serves() {
+			g.launch(m)
 		}
 	}
-	return err
+	g.mu.Unlock()
+	g.follow(ctx)
+	g.mu.Lock()
+	g.launch = nil
+	for _, m := range g.members {
+		m.end()
+	}
+	g.mu.Unlock()
+	attending.Wait()
+	return nil
 }
 
-// Key returns the live key called id, reading the manifest when the group does not know it yet. The error says what
-// the key is instead, or that this process's role may not sign with it.
+// Key returns the live key called id, reading the log when the group does not know it yet. The error says what the key
+// is instead, or that this process's role may not sign with it.
 func (g *Group) Key(ctx context.Context, id string) (*Key, error) {
 	k, err := g.live(hsm.KeyID(id))
 	if err != nil {
 		if rerr := g.refresh(ctx); rerr != nil {
-			return nil, fmt.Errorf("%w; reading the manifest anew: %w", err, rerr)
+			return nil, fmt.Errorf("%w; reading the log anew: %w", err, rerr)
 		}
 		if k, err = g.live(hsm.KeyID(id)); err != nil {
 			return nil, err
@@ -188,10 +227,18 @@ func (g *Group) Ready(id string) (members int, err error) {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	recovering := 0
 	for _, m := range g.members {
-		if m.health == healthGood && m.quarantine == "" && m.proved(k.record.ID) {
+		switch {
+		case !m.may(k) || m.refuses(k):
+		case m.health == healthGood:
 			members++
+		case m.health == healthRecovering:
+			recovering++
 		}
+	}
+	if members == 0 { // those are asked when no other is left
+		members = recovering
 	}
 	if members == 0 {
 		return 0, g.noMember(k)
@@ -199,18 +246,14 @@ func (g *Group) Ready(id string) (members int, err error) {
 	return members, nil
 }
 
-// Recover lifts the quarantine of a member. It gets no work before it has proved each key anew.
+// Recover lifts the quarantine of a member, or takes up again what was given up, in this process. It gets no work before
+// it has proved each key anew. A recover entry in the group's log does the same in every process.
 func (g *Group) Recover(member string) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, m := range g.members {
 		if m.Name == member {
-			if m.quarantine != "" {
-				g.log.Info("quarantine lifted", "member", m.Name, "was", m.quarantine)
-			}
-			m.quarantine = ""
-			clear(m.proofs)
-			m.wake()
+			g.absolve(m)
 			return nil
 		}
 	}
@@ -223,109 +266,18 @@ func (g *Group) live(id hsm.KeyID) (*Key, error) {
 	if k := g.keys[id]; k != nil {
 		return k, nil
 	}
-	switch k, known := g.manifest[id]; {
+	switch k, known := g.state.Key(id); {
+	case g.state.Deleted:
+		return nil, fmt.Errorf("key %s: group %s was deleted", id, g.cfg.Group)
+	case known && k.State == StateLive:
+		return nil, fmt.Errorf("key %s (%s) of group %s cannot be used: its entry in the group's log is damaged", id, k.Label, g.cfg.Group)
 	case known:
 		return nil, fmt.Errorf("key %s (%s) of group %s is %s, not live", id, k.Label, g.cfg.Group, k.State)
 	case !g.read:
-		return nil, fmt.Errorf("key %s: the manifest of group %s has not been read yet", id, g.cfg.Group)
+		return nil, fmt.Errorf("key %s: the log of group %s has not been read yet", id, g.cfg.Group)
 	default:
 		return nil, fmt.Errorf("group %s has no key %q", g.cfg.Group, id)
 	}
-}
-
-// followManifest keeps the cache of keys fresh. What was read last stays in force while it cannot be read.
-func (g *Group) followManifest(ctx context.Context) {
-	healthy := true
-	for {
-		every := manifestEvery
-		rctx, cancel := context.WithTimeout(ctx, manifestTimeout)
-		err := g.refresh(rctx)
-		cancel()
-		if ctx.Err() != nil {
-			return
-		}
-		switch {
-		case err != nil && healthy:
-			g.log.Warn("manifest cannot be read; the keys known so far stay in use", "error", err)
-		case err == nil && !healthy:
-			g.log.Info("manifest is read again")
-		}
-		if healthy = err == nil; !healthy {
-			every = healthIdle
-		}
-		if !sleep(ctx, every, nil) {
-			return
-		}
-	}
-}
-
-// refresh reads the manifest and takes it over.
-func (g *Group) refresh(ctx context.Context) error {
-	keys, err := g.cfg.Manifest.Keys(ctx, g.cfg.Group)
-	if err != nil {
-		return fmt.Errorf("reading the manifest of group %s: %w", g.cfg.Group, err)
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	// Two readings may arrive in the wrong order; the log only grows, so the longer one is the newer.
-	if tip(keys) < g.tip() {
-		return nil
-	}
-	g.read = true
-	clear(g.manifest)
-	for _, k := range keys {
-		g.manifest[k.ID] = k
-		if k.State != StateLive {
-			continue
-		}
-		if g.keys[k.ID] != nil {
-			continue // a live key's record never changes
-		}
-		public, err := parsePublic(k.SPKI)
-		if err != nil {
-			g.log.Error("manifest holds a key that cannot be used", "key", k.ID, "label", k.Label, "error", err)
-			continue
-		}
-		g.keys[k.ID] = &Key{group: g, record: k.KeyRecord, public: public}
-	}
-	for id := range g.keys {
-		if g.manifest[id].State != StateLive {
-			g.log.Warn("key is no longer live", "key", id, "state", g.manifest[id].State)
-			delete(g.keys, id)
-		}
-	}
-	for _, m := range g.members {
-		m.demandProofs()
-	}
-	return nil
-}
-
-// tip is the position of the newest log entry the group knows a key by. The caller holds mu.
-func (g *Group) tip() (n uint64) {
-	for _, k := range g.manifest {
-		n = max(n, k.N)
-	}
-	return n
-}
-
-func tip(keys []ManifestKey) (n uint64) {
-	for _, k := range keys {
-		n = max(n, k.N)
-	}
-	return n
-}
-
-// parsePublic reads a manifest key's SPKI. P-256 is the one algorithm so far.
-func parsePublic(spki []byte) (*ecdsa.PublicKey, error) {
-	p, err := x509.ParsePKIXPublicKey(spki)
-	if err != nil {
-		return nil, fmt.Errorf("parsing public key: %w", err)
-	}
-	public, ok := p.(*ecdsa.PublicKey)
-	if !ok || public.Curve != elliptic.P256() {
-		return nil, fmt.Errorf("public key is a %T; only ECDSA on P-256 is supported", p)
-	}
-	return public, nil
 }
 
 // sleep waits for d or until wake, and tells whether ctx goes on.

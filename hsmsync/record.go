@@ -14,27 +14,28 @@ type Record struct{ store *db.Store }
 // NewManifest reads and writes group logs in store.
 func NewManifest(store *db.Store) *Record { return &Record{store} }
 
-// Keys implements Manifest.
-func (r *Record) Keys(ctx context.Context, group string) ([]ManifestKey, error) {
-	entries, err := r.Log(ctx, group)
-	if err != nil {
-		return nil, err
+// Log implements Manifest.
+func (r *Record) Log(ctx context.Context, group string, from uint64) ([]Entry, error) {
+	if from > math.MaxUint32 {
+		return nil, nil
 	}
-	f, err := Fold(entries)
-	return f.Keys, err
+	return entries(r.store.GroupLog(ctx, group, uint32(from)))
 }
 
-// Log implements Chain.
-func (r *Record) Log(ctx context.Context, group string) ([]Entry, error) {
-	events, err := r.store.GroupLog(ctx, group)
+// Newest returns the last entry of a group's log, from a causal read; none while there is none.
+func (r *Record) Newest(ctx context.Context, group string) ([]Entry, error) {
+	return entries(r.store.GroupLogEnd(ctx, group))
+}
+
+func entries(events []db.GroupEvent, err error) ([]Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	entries := make([]Entry, len(events))
+	out := make([]Entry, len(events))
 	for i, e := range events {
-		entries[i] = Entry{N: uint64(e.N), Event: e.Event, Subject: e.Subject, Payload: e.Payload, Actor: e.Actor, Created: e.Created}
+		out[i] = Entry{N: uint64(e.N), Event: e.Event, Subject: e.Subject, Payload: e.Payload, Actor: e.Actor, Created: e.Created}
 	}
-	return entries, nil
+	return out, nil
 }
 
 // Append implements Chain. The store settles what an answer lost on the way left open, as long as ctx lasts.

@@ -3,6 +3,7 @@ package hsmsync_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"reflect"
 	"strings"
@@ -62,7 +63,7 @@ func TestTheRecordIsAChain(t *testing.T) {
 	if err := r.Append(ctx, "x", entry(0, "x")); err == nil {
 		t.Fatal("position 0 was accepted")
 	}
-	log, err := r.Log(ctx, "x")
+	log, err := r.Log(ctx, "x", 1)
 	if err != nil || len(log) != 1 {
 		t.Fatalf("%+v %v", log, err)
 	}
@@ -71,18 +72,49 @@ func TestTheRecordIsAChain(t *testing.T) {
 		t.Fatalf("wrote %+v, read %+v", first, log[0])
 	}
 
+	if err := r.Append(ctx, "x", entry(2, "x")); err != nil {
+		t.Fatal(err)
+	}
+	for from, want := range []int{2, 2, 1, 0} {
+		if log, err := r.Log(ctx, "x", uint64(from)); err != nil || len(log) != want {
+			t.Errorf("from %d: %+v %v", from, log, err)
+		}
+	}
+	if log, err := r.Log(ctx, "x", 1<<40); err != nil || len(log) != 0 {
+		t.Errorf("from beyond what a log can hold: %+v %v", log, err)
+	}
+	if log, err := r.Newest(ctx, "x"); err != nil || len(log) != 1 || log[0].N != 2 {
+		t.Errorf("%+v %v", log, err)
+	}
+	if log, err := r.Newest(ctx, "nonesuch"); err != nil || len(log) != 0 {
+		t.Errorf("%+v %v", log, err)
+	}
+
 	t.Run("coordinators at once make one live key", func(t *testing.T) {
-		members := []*software{newSoftware("a"), newSoftware("b"), newSoftware("c")}
-		if err := newGroup(t, identity.RoleSync, r, members, nil).CreateDomain(ctx); err != nil {
+		d := &desk{t: t, at: map[string]*token{}, now: time.Now}
+		for _, name := range []string{"a", "b", "c"} {
+			d.at[name] = d.token(name)
+		}
+		coordinator := func() *hsmsync.Coordinator {
+			c, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
+				Group: "ca", Identity: named(t, identity.RoleSync, "sync1"), Chain: r, Log: logger(t),
+				Connect: func(name, _ string) hsmsync.Agent { return &answering{d: d, name: name} },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		if err := coordinator().Setup(ctx, crew("a", "b", "c"), hsmsync.Policy{}); err != nil {
 			t.Fatal(err)
 		}
 		var all sync.WaitGroup
 		var mu sync.Mutex
 		made := map[hsm.KeyID]bool{}
 		for range 3 {
-			g := newGroup(t, identity.RoleSync, r, members, nil)
+			c := coordinator()
 			all.Go(func() {
-				k, err := g.CreateKey(ctx, "issuing-g1", hsm.PurposeCA, hsm.P256)
+				k, err := c.CreateKey(ctx, hsm.KeySpec{Label: "issuing-g1", Purpose: hsm.PurposeCA, Algorithm: hsm.P256})
 				mu.Lock()
 				defer mu.Unlock()
 				if err == nil {
@@ -93,21 +125,30 @@ func TestTheRecordIsAChain(t *testing.T) {
 			})
 		}
 		all.Wait()
-		keys, err := r.Keys(ctx, "ca")
+		s, err := coordinator().State(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
-		live := 0
-		for _, k := range keys {
-			if k.State == hsmsync.StateLive {
-				live++
-				if !made[k.ID] || len(k.SPKI) == 0 || k.Label != "issuing-g1" {
-					t.Errorf("live is %+v; acknowledged %v", k, made)
-				}
-			}
+		live := s.In(hsmsync.StateLive)
+		if len(live) != 1 || len(made) != 1 || !made[live[0].ID] || len(live[0].SPKI) == 0 || live[0].Label != "issuing-g1" {
+			t.Errorf("live %+v, acknowledged %v", live, made)
 		}
-		if live != 1 || len(made) != 1 {
-			t.Errorf("%d live keys, acknowledged %v", live, made)
+		// The lease, with the newest entry read alone.
+		for _, name := range []string{"first", "second"} {
+			ctx, stop := context.WithCancel(ctx)
+			done := make(chan error, 1)
+			go func() { done <- coordinator().RunReconcile(ctx, 50*time.Millisecond) }()
+			eventually(t, name+" holds the lease", func() (string, bool) {
+				log, err := r.Newest(t.Context(), "ca/lease")
+				return fmt.Sprintf("%+v %v", log, err), err == nil && len(log) == 1 && log[0].N%2 == 1
+			})
+			stop()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if log, err := r.Newest(t.Context(), "ca/lease"); err != nil || len(log) != 1 || log[0].N%2 != 0 {
+				t.Errorf("it was not given back: %+v %v", log, err)
+			}
 		}
 	})
 }

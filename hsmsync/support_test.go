@@ -1,11 +1,16 @@
 package hsmsync_test
 
 import (
+	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,6 +21,7 @@ import (
 	"time"
 
 	"trivet/hsm"
+	"trivet/hsm/hsmtest"
 	"trivet/hsmsync"
 	"trivet/identity"
 )
@@ -25,27 +31,37 @@ import (
 type software struct {
 	name string
 
-	mu          sync.Mutex // guards all below
-	incarnation int
-	serial      string
-	kek         string
-	keys        map[hsm.KeyID]softKey
-	calls       map[string]int // by operation
-	digests     int            // signed
-	fault       map[string]fault
-	instead     *ecdsa.PrivateKey // what Import leaves in the token, if set
+	mu           sync.Mutex // guards all below
+	incarnation  int
+	serial       string
+	capacity     int
+	locked       string
+	probe        hsm.Probe
+	kek, nextKEK string
+	epoch        hsm.EpochRecord
+	keys         map[hsm.KeyID]softKey
+	destroyed    map[hsm.KeyID]bool
+	calls        map[string]int // by operation
+	digests      int            // signed
+	fault        map[string]fault
+	instead      crypto.Signer // what Import leaves in the token, if set
+	perDigest    time.Duration // one signature after the other, each that long
+	busy         time.Time     // until when it signs what it was given
 }
 
 type softKey struct {
 	hsm.KeySpec
-	*ecdsa.PrivateKey
+	crypto.Signer
 }
 
 // fault stands between the group and an operation, which is done by calling do. The group sees what it returns.
 type fault func(ctx context.Context, do func() error) error
 
 func newSoftware(name string) *software {
-	return &software{name: name, serial: "token-" + name, keys: map[hsm.KeyID]softKey{}, calls: map[string]int{}, fault: map[string]fault{}}
+	return &software{
+		name: name, serial: "token-" + name, probe: hsm.Probe{OK: true}, keys: map[hsm.KeyID]softKey{}, destroyed: map[hsm.KeyID]bool{},
+		calls: map[string]int{}, fault: map[string]fault{},
+	}
 }
 
 // with sets the fault of an operation; nil lifts it.
@@ -61,12 +77,15 @@ func (s *software) count(op string) int {
 	return s.calls[op]
 }
 
-// restart gives the member a new incarnation.
-func (s *software) restart() {
+// set changes the member under its lock.
+func (s *software) set(change func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.incarnation++
+	change()
 }
+
+// restart gives the member a new incarnation.
+func (s *software) restart() { s.set(func() { s.incarnation++ }) }
 
 // do runs an operation under the lock, through its fault and that of all operations ("*").
 func (s *software) do(ctx context.Context, op string, act func() error) error {
@@ -102,6 +121,11 @@ func failing(c hsm.Class) fault {
 	return func(context.Context, func() error) error { return hsm.Errorf(c, "call", "as the test wants it") }
 }
 
+// slow takes that long.
+func slow(d time.Duration) fault {
+	return func(_ context.Context, do func() error) error { time.Sleep(d); return do() }
+}
+
 func (s *software) get(id hsm.KeyID) (softKey, error) {
 	k, ok := s.keys[id]
 	if !ok {
@@ -115,24 +139,59 @@ func (s *software) record(k softKey) hsm.KeyRecord {
 	return hsm.KeyRecord{KeySpec: k.KeySpec, SPKI: spki, Extractable: true, Attributes: "software"}
 }
 
+func (s *software) records() (out []hsm.KeyRecord) {
+	for _, k := range s.keys {
+		out = append(out, s.record(k))
+	}
+	return out
+}
+
 func (s *software) boot() string { return fmt.Sprintf("%s-boot-%d", s.name, s.incarnation) }
+
+// signature is k's over digest, as tokens make it.
+func (k softKey) signature(digest []byte) ([]byte, error) {
+	return k.Sign(rand.Reader, digest, k.Algorithm.Hash())
+}
 
 func (s *software) Health(ctx context.Context) (info hsm.Info, err error) {
 	err = s.do(ctx, "health", func() error {
-		info = hsm.Info{Member: s.name, TokenSerial: s.serial, TokenLabel: s.name, Incarnation: s.boot(), KEK: s.kek, Probe: hsm.Probe{OK: true}}
+		info = hsm.Info{
+			Member: s.name, TokenSerial: s.serial, TokenLabel: s.name, Incarnation: s.boot(), KEK: s.kek, NextKEK: s.nextKEK, Probe: s.probe,
+			Locked: s.locked, Capacity: s.capacity, Site: s.epoch.Site, Epoch: s.epoch.Epoch, Keys: len(s.keys), Digest: hsm.InventoryDigest(s.records()),
+		}
 		return nil
 	})
 	return info, err
 }
 
-func (s *software) Sign(ctx context.Context, key hsm.KeyID, digests [][]byte) (sigs [][]byte, err error) {
+func (s *software) Inventory(ctx context.Context) (keys []hsm.KeyRecord, err error) {
+	err = s.do(ctx, "inventory", func() error { keys = s.records(); return nil })
+	return keys, err
+}
+
+func (s *software) Sign(ctx context.Context, req hsm.SignRequest) (sigs [][]byte, err error) {
 	err = s.do(ctx, "sign", func() error {
-		k, err := s.get(key)
-		if err != nil {
+		k, err := s.get(req.Key)
+		switch {
+		case err != nil:
 			return err
+		case req.Incarnation != "" && req.Incarnation != s.boot():
+			return &hsm.Error{Class: hsm.ClassSession, Code: hsm.CodeStaleIncarnation, Op: "sign", Err: errors.New("this is " + s.boot())}
+		case s.epoch.Epoch != req.Epoch && (s.epoch.Epoch != 0 || req.Epoch != 0) && (k.Purpose == hsm.PurposeCA || k.Purpose == hsm.PurposeCRL):
+			return &hsm.Error{Class: hsm.ClassDenied, Code: hsm.CodeEpoch, Op: "sign", Err: fmt.Errorf("epoch is %d", s.epoch.Epoch)}
 		}
-		for _, d := range digests {
-			sig, err := ecdsa.SignASN1(rand.Reader, k.PrivateKey, d)
+		if s.perDigest > 0 {
+			if now := time.Now(); s.busy.Before(now) {
+				s.busy = now
+			}
+			s.busy = s.busy.Add(time.Duration(len(req.Digests)) * s.perDigest)
+			until := s.busy
+			s.mu.Unlock()
+			time.Sleep(time.Until(until))
+			s.mu.Lock()
+		}
+		for _, d := range req.Digests {
+			sig, err := k.signature(d)
 			if err != nil {
 				return err
 			}
@@ -166,7 +225,7 @@ func (s *software) Challenge(ctx context.Context, group string, key hsm.KeyID, n
 			return err
 		}
 		incarnation = s.boot()
-		sig, err = ecdsa.SignASN1(rand.Reader, k.PrivateKey, hsm.ChallengeDigest(group, s.name, incarnation, key, nonce))
+		sig, err = k.signature(hsm.ChallengeDigest(k.Algorithm, group, s.name, incarnation, key, nonce))
 		return err
 	})
 	return sig, incarnation, err
@@ -174,22 +233,47 @@ func (s *software) Challenge(ctx context.Context, group string, key hsm.KeyID, n
 
 func (s *software) Generate(ctx context.Context, spec hsm.KeySpec) (r hsm.KeyRecord, err error) {
 	err = s.do(ctx, "generate", func() error {
-		k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		s.keys[spec.ID] = softKey{spec, k}
+		if _, there := s.keys[spec.ID]; !there {
+			k, err := newSigner(spec.Algorithm)
+			if err != nil {
+				return err
+			}
+			s.keys[spec.ID] = softKey{spec, k}
+		}
 		r = s.record(s.keys[spec.ID])
-		return err
+		return nil
 	})
 	return r, err
 }
 
-func (s *software) Export(ctx context.Context, key hsm.KeyID) (b hsm.Blob, err error) {
+func newSigner(a hsm.Algorithm) (crypto.Signer, error) {
+	switch a {
+	case hsm.Ed25519:
+		_, k, err := ed25519.GenerateKey(rand.Reader)
+		return k, err
+	case hsm.P384:
+		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case hsm.P256:
+		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	}
+	return rsa.GenerateKey(rand.Reader, a.RSABits())
+}
+
+func (s *software) Export(ctx context.Context, key hsm.KeyID, kek string) (b hsm.Blob, err error) {
 	err = s.do(ctx, "export", func() error {
 		k, err := s.get(key)
 		if err != nil {
 			return err
 		}
-		der, err := x509.MarshalECPrivateKey(k.PrivateKey)
-		b = hsm.Blob{KeySpec: k.KeySpec, SPKI: s.record(k).SPKI, KEK: s.kek, Wrapped: der}
+		switch kek {
+		case "":
+			kek = s.kek
+		case s.kek, s.nextKEK:
+		default:
+			return hsm.Errorf(hsm.ClassRequest, "export", "no domain key %s", kek)
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(k.Signer)
+		b = hsm.Blob{KeySpec: k.KeySpec, SPKI: s.record(k).SPKI, KEK: kek, Wrapped: der}
 		return err
 	})
 	return b, err
@@ -197,21 +281,53 @@ func (s *software) Export(ctx context.Context, key hsm.KeyID) (b hsm.Blob, err e
 
 func (s *software) Import(ctx context.Context, b hsm.Blob) (r hsm.KeyRecord, err error) {
 	err = s.do(ctx, "import", func() error {
-		if b.KEK != s.kek {
+		if b.KEK == "" || b.KEK != s.kek && b.KEK != s.nextKEK {
 			return hsm.Errorf(hsm.ClassRequest, "import", "no domain key %s", b.KEK)
 		}
-		k, err := x509.ParseECPrivateKey(b.Wrapped)
-		if err != nil {
-			return err
-		}
-		if s.instead != nil {
-			k = s.instead
-		}
-		s.keys[b.ID] = softKey{b.KeySpec, k}
-		r = s.record(s.keys[b.ID])
-		return nil
+		r, err = s.take(b.KeySpec, b.SPKI, b.Wrapped)
+		return err
 	})
 	return r, err
+}
+
+// take puts a PKCS#8 key into the token.
+func (s *software) take(spec hsm.KeySpec, spki, pkcs8 []byte) (hsm.KeyRecord, error) {
+	if s.destroyed[spec.ID] {
+		return hsm.KeyRecord{}, &hsm.Error{Class: hsm.ClassDenied, Code: hsm.CodeDestroyed, Op: "import", Err: errors.New("it was destroyed here")}
+	}
+	if k, there := s.keys[spec.ID]; there {
+		if r := s.record(k); s.instead != nil || bytes.Equal(r.SPKI, spki) {
+			return r, nil
+		}
+		return hsm.KeyRecord{}, hsm.Errorf(hsm.ClassRequest, "import", "another key has that id")
+	}
+	k, err := x509.ParsePKCS8PrivateKey(pkcs8)
+	if err != nil {
+		return hsm.KeyRecord{}, hsm.Errorf(hsm.ClassRequest, "import", "%w", err)
+	}
+	signer := k.(crypto.Signer)
+	if s.instead != nil {
+		signer = s.instead
+	}
+	s.keys[spec.ID] = softKey{spec, signer}
+	return s.record(s.keys[spec.ID]), nil
+}
+
+// Adopt takes the PKCS#8 as it is: a software member has no transport key to seal to.
+func (s *software) Adopt(ctx context.Context, req hsm.AdoptRequest) (r hsm.KeyRecord, err error) {
+	err = s.do(ctx, "adopt", func() error { r, err = s.take(req.Spec, req.SPKI, req.Sealed); return err })
+	return r, err
+}
+
+func (s *software) Destroy(ctx context.Context, req hsm.DestroyRequest) error {
+	return s.do(ctx, "destroy", func() error {
+		if k, there := s.keys[req.Key]; there && !bytes.Equal(s.record(k).SPKI, req.SPKI) {
+			return hsm.Errorf(hsm.ClassRequest, "destroy", "another key has that id")
+		}
+		delete(s.keys, req.Key)
+		s.destroyed[req.Key] = true
+		return nil
+	})
 }
 
 func (s *software) TransportKey(ctx context.Context) ([]byte, error) {
@@ -219,11 +335,30 @@ func (s *software) TransportKey(ctx context.Context) ([]byte, error) {
 }
 
 func (s *software) GenerateDomain(ctx context.Context, kek string) error {
-	return s.do(ctx, "domain", func() error { s.kek = kek; return nil })
+	return s.do(ctx, "domain", func() error { return s.join(kek) })
 }
 
-func (s *software) ExportDomain(ctx context.Context, transport []byte) (wrapped []byte, kek string, err error) {
-	err = s.do(ctx, "export-domain", func() error { wrapped, kek = transport, s.kek; return nil })
+// join takes in a domain key: the first is the current one, the second the next one.
+func (s *software) join(kek string) error {
+	switch {
+	case s.kek == "" || s.kek == kek:
+		s.kek = kek
+	case s.nextKEK == "" || s.nextKEK == kek:
+		s.nextKEK = kek
+	default:
+		return hsm.Errorf(hsm.ClassRequest, "domain", "two domain keys are there already")
+	}
+	return nil
+}
+
+func (s *software) ExportDomain(ctx context.Context, req hsm.DomainRequest) (wrapped []byte, kek string, err error) {
+	err = s.do(ctx, "export-domain", func() error {
+		wrapped, kek = req.Recipient, req.KEK
+		if kek == "" {
+			kek = s.kek
+		}
+		return nil
+	})
 	return wrapped, kek, err
 }
 
@@ -232,32 +367,88 @@ func (s *software) ImportDomain(ctx context.Context, kek string, wrapped []byte)
 		if string(wrapped) != s.name {
 			return hsm.Errorf(hsm.ClassRequest, "import-domain", "wrapped for another member")
 		}
-		s.kek = kek
+		return s.join(kek)
+	})
+}
+
+func (s *software) Rotate(ctx context.Context, kek string) error {
+	return s.do(ctx, "rotate", func() error {
+		switch kek {
+		case s.kek:
+		case s.nextKEK:
+			s.kek, s.nextKEK = s.nextKEK, s.kek
+		default:
+			return hsm.Errorf(hsm.ClassRequest, "rotate", "no domain key %s", kek)
+		}
 		return nil
 	})
+}
+
+func (s *software) DropDomain(ctx context.Context, kek string) error {
+	return s.do(ctx, "drop", func() error {
+		switch kek {
+		case s.nextKEK:
+			s.nextKEK = ""
+		case s.kek:
+			if len(s.keys) > 0 {
+				return hsm.Errorf(hsm.ClassRequest, "drop", "keys are left")
+			}
+			s.kek = ""
+		}
+		return nil
+	})
+}
+
+func (s *software) BackupDomain(ctx context.Context, req hsm.BackupRequest) (wrapped []byte, kek string, err error) {
+	err = s.do(ctx, "backup", func() error { wrapped, kek = req.Recipient, s.kek; return nil })
+	return wrapped, kek, err
+}
+
+func (s *software) SetEpoch(ctx context.Context, r hsm.EpochRecord) error {
+	return s.do(ctx, "epoch", func() error { s.epoch = r; return nil })
+}
+
+func (s *software) Activate(ctx context.Context, _ string) error {
+	return s.do(ctx, "activate", func() error { s.locked = ""; return nil })
 }
 
 // memory is a group log that obeys the rule of chains: one entry per position, no holes.
 type memory struct {
 	mu        sync.Mutex // guards all below
 	entries   []hsmsync.Entry
+	logs      map[string][]hsmsync.Entry            // of other groups
+	reads     int                                   // entries read
 	down      error                                 // no reading, no writing
 	before    func(hsmsync.Entry) error             // before an entry is added: an error prevents it
 	after     func(hsmsync.Entry) error             // after it was: an error is reported all the same
 	elsewhere func([]hsmsync.Entry) []hsmsync.Entry // what another database node knows
 }
 
-func (m *memory) Log(ctx context.Context, _ string) ([]hsmsync.Entry, error) {
+// of is the log of a group. The caller holds mu.
+func (m *memory) of(group string) *[]hsmsync.Entry {
+	if group == "ca" {
+		return &m.entries
+	}
+	if m.logs == nil {
+		m.logs = map[string][]hsmsync.Entry{}
+	}
+	log := m.logs[group]
+	return &log
+}
+
+func (m *memory) Log(ctx context.Context, group string, from uint64) ([]hsmsync.Entry, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	out := slices.Clone(m.entries)
+	out := slices.Clone(*m.of(group))
 	if m.elsewhere != nil {
 		out = m.elsewhere(out)
 	}
+	out = slices.DeleteFunc(out, func(e hsmsync.Entry) bool { return e.N < from })
+	m.reads += len(out)
 	return out, errors.Join(m.down, ctx.Err())
 }
 
-func (m *memory) Append(ctx context.Context, _ string, e hsmsync.Entry) error {
+func (m *memory) Append(ctx context.Context, group string, e hsmsync.Entry) error {
 	m.mu.Lock()
 	before := m.before
 	m.mu.Unlock()
@@ -268,32 +459,57 @@ func (m *memory) Append(ctx context.Context, _ string, e hsmsync.Entry) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	log := m.of(group)
 	switch {
 	case m.down != nil:
 		return m.down
 	case ctx.Err() != nil:
 		return ctx.Err()
-	case e.N <= uint64(len(m.entries)):
+	case e.N <= uint64(len(*log)):
 		return hsmsync.ErrTaken
-	case e.N != uint64(len(m.entries))+1:
-		return fmt.Errorf("entry %d would leave a hole after %d", e.N, len(m.entries))
-	case e.Event == "" || e.Subject == "" || len(e.Subject) > 64 || e.Actor == "" || e.Created.IsZero():
+	case e.N != uint64(len(*log))+1:
+		return fmt.Errorf("entry %d would leave a hole after %d", e.N, len(*log))
+	case e.Event == "" || len(e.Event) > 16 || e.Subject == "" || len(e.Subject) > 64 || e.Actor == "" || e.Created.IsZero():
 		return fmt.Errorf("entry %+v is incomplete", e)
 	}
-	m.entries = append(m.entries, e)
+	*log = append(*log, e)
+	if group != "ca" {
+		m.logs[group] = *log
+	}
 	if m.after != nil {
 		return m.after(e)
 	}
 	return nil
 }
 
-func (m *memory) Keys(ctx context.Context, group string) ([]hsmsync.ManifestKey, error) {
-	entries, err := m.Log(ctx, group)
+// enter adds an entry as some coordinator would.
+func (m *memory) enter(t testing.TB, event, subject string, payload any) {
+	t.Helper()
+	b, err := json.Marshal(payload)
 	if err != nil {
-		return nil, err
+		t.Fatal(err)
 	}
-	f, err := hsmsync.Fold(entries)
-	return f.Keys, err
+	m.mu.Lock()
+	n := uint64(len(m.entries)) + 1
+	m.mu.Unlock()
+	e := hsmsync.Entry{N: n, Event: event, Subject: subject, Payload: b, Actor: "trivet://test/sync/sync1", Created: time.Now().UTC()}
+	if err := m.Append(context.Background(), "ca", e); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// live enters a key as pending, then live.
+func (m *memory) live(t testing.TB, r hsm.KeyRecord) {
+	t.Helper()
+	m.enter(t, "pending", string(r.ID), hsm.KeyRecord{KeySpec: r.KeySpec})
+	m.enter(t, "live", string(r.ID), r)
+}
+
+// cut takes the last n entries away, as a database that went back does.
+func (m *memory) cut(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.entries = slices.Clone(m.entries[:len(m.entries)-n])
 }
 
 func (m *memory) fail(err error) {
@@ -302,7 +518,7 @@ func (m *memory) fail(err error) {
 	m.down = err
 }
 
-// events lists what the log says, as "event label-or-subject".
+// events lists what the log says.
 func (m *memory) events() (out []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -315,9 +531,6 @@ func (m *memory) events() (out []string) {
 // manifest is a Manifest that is no Chain: what a process that only signs has.
 type manifest struct{ *memory }
 
-func (m manifest) Keys(ctx context.Context, group string) ([]hsmsync.ManifestKey, error) {
-	return m.memory.Keys(ctx, group)
-}
 func (manifest) Append() {} // hides the chain's
 
 var people struct {
@@ -366,7 +579,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
-		return m.Run()
+		return hsmtest.Main(m)
 	}())
 }
 

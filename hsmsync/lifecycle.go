@@ -1,0 +1,224 @@
+package hsmsync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"time"
+)
+
+// Drain takes a member out of work, by an operator's wish and until Recover, Promote or Standby. It keeps its keys, and
+// receives new ones while it answers. The last member that serves is not drained unless forced (CoordinatorConfig.Force).
+func (c *Coordinator) Drain(ctx context.Context, name, why string) error {
+	return c.assign(ctx, "draining", name, func(s *State, m GroupMember) (*Entry, error) {
+		switch {
+		case m.State == MemberDrained:
+			return nil, nil
+		case m.State == MemberJoining:
+			return nil, errors.New("it has not joined yet, so it gets no work anyway: finish enrolling it, or remove it")
+		case !c.cfg.Force && len(s.in(MemberActive, MemberStandby)) == 1 && len(s.In(StateLive)) > 0:
+			return nil, errors.New("it is the last member that serves; nothing could be signed")
+		}
+		return entry(eventDrain, name, Note{Why: why})
+	})
+}
+
+// Standby makes a member one that serves only when no active member can. One that was drained proves every live key
+// first. The last active member stays active.
+func (c *Coordinator) Standby(ctx context.Context, name, why string) error {
+	again := false
+	err := c.assign(ctx, "putting on standby", name, func(s *State, m GroupMember) (*Entry, error) {
+		switch active := s.in(MemberActive); {
+		case m.State == MemberStandby:
+			return nil, nil
+		case m.State != MemberActive:
+			again = true
+			return nil, nil
+		case len(active) == 1:
+			return nil, errors.New("it is the last active member: promote another one first")
+		}
+		return entry(eventStandby, name, Note{Why: why})
+	})
+	if err != nil || !again {
+		return err
+	}
+	return c.readmit(ctx, "putting on standby", name, MemberStandby, why)
+}
+
+// Promote makes a member active, once it has proved every live key.
+func (c *Coordinator) Promote(ctx context.Context, name, why string) error {
+	return c.readmit(ctx, "promoting", name, MemberActive, why)
+}
+
+// Recover has every process forget that it quarantined a member or gave it up, and gives a drained member its place back
+// once it has proved every live key. Keys that it lacks are brought to it.
+func (c *Coordinator) Recover(ctx context.Context, name, why string) error {
+	drained := false
+	if err := c.assign(ctx, "recovering", name, func(_ *State, m GroupMember) (*Entry, error) {
+		drained = m.State == MemberDrained
+		return entry(eventRecover, name, Note{Why: why})
+	}); err != nil || !drained {
+		return err
+	}
+	return c.readmit(ctx, "recovering", name, "", why)
+}
+
+// Remove takes a member out of the group for good. Its token keeps its keys: initialise it before it goes anywhere. What is
+// left must be members enough for the copies that the policy wants, unless forced (CoordinatorConfig.Force); one that never
+// joined may always go.
+func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
+	s, err := c.State(ctx)
+	if err != nil {
+		return err
+	}
+	if old := s.members[name]; old != nil && old.State == MemberRemoved {
+		return nil
+	}
+	return c.assign(ctx, "removing", name, func(s *State, m GroupMember) (*Entry, error) {
+		left := slices.DeleteFunc(s.in(MemberActive, MemberStandby), func(o GroupMember) bool { return o.Name == name })
+		switch {
+		case m.State == MemberJoining || c.cfg.Force:
+		case len(left) < s.Policy.MinCopies && len(s.In(StateLive, StatePending)) > 0:
+			return nil, fmt.Errorf("it would leave %d, and the policy wants %d copies of every key: enroll another member first, or replace this one", len(left), s.Policy.MinCopies)
+		case s.Policy.Creation == CreationMaster && s.Policy.Master == name:
+			return nil, errors.New("it is the master, without which no keys are made: change the policy first")
+		}
+		return entry(eventRemove, name, Note{Why: why})
+	})
+}
+
+// assign decides an entry about a member and reads it back.
+func (c *Coordinator) assign(ctx context.Context, verb, name string, next func(*State, GroupMember) (*Entry, error)) error {
+	fail := func(err error) error {
+		return fmt.Errorf("%s member %s of group %s: %w", verb, name, c.cfg.Group, err)
+	}
+	var written *Entry
+	s, err := c.decide(ctx, func(s *State) (e *Entry, err error) {
+		m, ok := s.Member(name)
+		switch {
+		case !ok:
+			return nil, errors.New("there is no such member")
+		case s.Deleted:
+			return nil, errors.New("the group was deleted")
+		}
+		e, err = next(s, m)
+		written = e
+		return e, err
+	})
+	if err != nil {
+		return fail(err)
+	}
+	if written == nil {
+		return nil
+	}
+	c.log.Info("member's place in the group changed", "member", name, "event", written.Event)
+	last := s.Last
+	if err := c.confirm(ctx, fmt.Sprintf("member %s: %s", name, written.Event), func(s *State) bool {
+		m := s.members[name]
+		return m != nil && (m.N >= last.N || m.Recovered >= last.N)
+	}); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+func (c *Coordinator) readmit(ctx context.Context, verb, name string, to MemberState, why string) error {
+	s, err := c.State(ctx)
+	if err == nil {
+		m, ok := s.Member(name)
+		switch {
+		case !ok:
+			err = errors.New("there is no such member")
+		case m.State == MemberJoining:
+			err = errors.New("it has not joined yet: finish enrolling it")
+		default:
+			err = c.admit(ctx, admission{name: name, state: to, note: Note{Why: why}})
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s member %s of group %s: %w", verb, name, c.cfg.Group, err)
+	}
+	return nil
+}
+
+// SetPolicy changes how the group behaves. Zero fields mean their defaults. Keys that are there stay what they are.
+func (c *Coordinator) SetPolicy(ctx context.Context, p Policy) error {
+	p = p.defaults()
+	_, err := c.decide(ctx, func(s *State) (*Entry, error) {
+		switch err := p.Check(); {
+		case err != nil:
+			return nil, err
+		case s.Deleted:
+			return nil, errors.New("the group was deleted")
+		case reflect.DeepEqual(s.Policy, p):
+			return nil, nil
+		}
+		serving := s.in(MemberActive, MemberStandby)
+		keys := s.In(StateLive, StatePending)
+		switch {
+		case p.MinCopies > len(serving):
+			return nil, fmt.Errorf("min_copies %d: the members that serve are %d, so no key could be made: enroll more first", p.MinCopies, len(serving))
+		case p.Creation == CreationMaster && !slices.ContainsFunc(serving, func(m GroupMember) bool { return m.Name == p.Master && m.State == MemberActive }):
+			return nil, fmt.Errorf("master %q is no active member", p.Master)
+		case p.Driver == DriverWrap && s.Domain.Name == "" && len(serving) > 0:
+			return nil, errors.New("driver wrap: the group has no domain key, because its vendor did the cloning so far; keys cannot change over: make another group")
+		}
+		for _, k := range keys {
+			if p.Driver == DriverWrap && (k.NonExtractable || !k.Algorithm.Cloneable()) {
+				return nil, fmt.Errorf("driver wrap: key %s (%s, %s) cannot be cloned with a domain key: retire it first", k.ID, k.Label, k.Algorithm)
+			}
+		}
+		return entry(eventPolicy, subjectGroup, p)
+	})
+	if err != nil {
+		return fmt.Errorf("changing the policy of group %s: %w", c.cfg.Group, err)
+	}
+	return nil
+}
+
+// defaults fills in what is zero.
+func (p Policy) defaults() Policy {
+	d := NewState().Policy
+	if p.Driver == "" {
+		p.Driver = d.Driver
+	}
+	if p.Creation == "" {
+		p.Creation = d.Creation
+	}
+	if p.MinCopies == 0 {
+		p.MinCopies = d.MinCopies
+	}
+	if p.Prefer == "" {
+		p.Prefer = d.Prefer
+	}
+	if p.DestroyAfter == 0 {
+		p.DestroyAfter = d.DestroyAfter
+	}
+	return p
+}
+
+// DeleteGroup ends a group that has no live key: nothing is added to it any more, and nothing signs. What its tokens hold
+// stays there.
+func (c *Coordinator) DeleteGroup(ctx context.Context, why string) error {
+	_, err := c.decide(ctx, func(s *State) (*Entry, error) {
+		if s.Deleted {
+			return nil, nil
+		}
+		if keys := s.In(StateLive, StatePending); len(keys) > 0 {
+			return nil, fmt.Errorf("%d keys are live or being made, such as %s (%s): retire them first", len(keys), keys[0].ID, keys[0].Label)
+		}
+		return entry(eventDeleted, subjectGroup, Note{Why: why})
+	})
+	if err == nil {
+		err = c.confirm(ctx, "the group is deleted", func(s *State) bool { return s.Deleted })
+	}
+	if err != nil {
+		return fmt.Errorf("deleting group %s: %w", c.cfg.Group, err)
+	}
+	return nil
+}
+
+// age is how long ago something was entered.
+func (c *Coordinator) age(since time.Time) time.Duration { return c.cfg.Now().Sub(since) }

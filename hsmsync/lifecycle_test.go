@@ -1,0 +1,283 @@
+package hsmsync_test
+
+import (
+	"testing"
+	"time"
+
+	"trivet/hsm"
+	"trivet/hsmsync"
+)
+
+func TestMembersAreDrainedAndComeBack(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		d.must("x")
+		good(t, d.c.Standby(ctx, "c", "spare"))
+		good(t, d.c.Drain(ctx, "c", "new fan"))
+		good(t, d.c.Drain(ctx, "c", "new fan"))
+		d.expect("a active, b active, c drained")
+		d.at["c"].with("*", dead)
+		late := d.must("late")[0]
+		failed(t, d.c.Recover(ctx, "c", ""), "asking c")
+		d.expect("a active, b active, c drained")
+		d.at["c"].with("*", nil)
+		good(t, d.c.Recover(ctx, "c", "done"))
+		d.expect("a active, b active, c standby") // as it was
+		if _, there := d.at["c"].keys[late.ID]; !there {
+			t.Error("it came back without a key")
+		}
+		good(t, d.c.Promote(ctx, "c", ""))
+		d.expect("a active, b active, c active")
+		before := len(d.chain.events())
+		good(t, d.c.Promote(ctx, "c", ""))
+		if len(d.chain.events()) != before {
+			t.Error("promoted again, the log grew")
+		}
+		good(t, d.c.Recover(ctx, "a", "was quarantined"))
+		if m, _ := d.state().Member("a"); m.Recovered != uint64(before+1) || m.State != hsmsync.MemberActive {
+			t.Errorf("%+v", m)
+		}
+		failed(t, d.c.Drain(ctx, "nobody", ""), "no such member")
+		failed(t, d.c.Recover(ctx, "nobody", ""), "no such member")
+	})
+}
+
+func TestAMemberThatCannotProveAKeyDoesNotComeBack(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		keys := d.must("x", "y")
+		good(t, d.c.Drain(ctx, "c", ""))
+		// Two keys under each other's id: both sign, and neither is what it says.
+		x, y := d.at["c"].keys[keys[0].ID], d.at["c"].keys[keys[1].ID]
+		d.at["c"].keys[keys[0].ID], d.at["c"].keys[keys[1].ID] = softKey{x.KeySpec, y.Signer}, softKey{y.KeySpec, x.Signer}
+		failed(t, d.c.Promote(ctx, "c", ""), "another key under the id")
+		good(t, d.c.Drain(ctx, "c", ""))
+		d.expect("a active, b active, c drained")
+		d.at["c"].keys[keys[0].ID], d.at["c"].keys[keys[1].ID] = x, y
+		d.at["c"].with("challenge", failing(hsm.ClassDevice))
+		failed(t, d.c.Standby(ctx, "c", ""), "proving key")
+		d.at["c"].with("challenge", nil)
+		good(t, d.c.Standby(ctx, "c", ""))
+		d.expect("a active, b active, c standby")
+	})
+}
+
+func TestTheLastMembersStay(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		d.must("x")
+		good(t, d.c.Remove(ctx, "c", "sold"))
+		good(t, d.c.Remove(ctx, "c", "sold"))
+		d.expect("a active, b active")
+		failed(t, d.c.Remove(ctx, "b", ""), "it would leave 1", "2 copies")
+		good(t, d.c.Drain(ctx, "b", ""))
+		failed(t, d.c.Drain(ctx, "a", ""), "last member that serves")
+		failed(t, d.c.Standby(ctx, "a", ""), "last active member")
+		d.force = true
+		forced := d.coordinator("sync1")
+		good(t, forced.Remove(ctx, "b", "burnt"))
+		good(t, forced.Drain(ctx, "a", ""))
+		d.expect("a drained")
+		good(t, forced.Recover(ctx, "a", ""))
+		d.expect("a active")
+	})
+}
+
+func TestTheMasterIsNotRemoved(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		good(t, d.c.SetPolicy(t.Context(), hsmsync.Policy{Creation: hsmsync.CreationMaster, Master: "c"}))
+		failed(t, d.c.Remove(t.Context(), "c", ""), "change the policy first")
+		failed(t, d.c.SetPolicy(t.Context(), hsmsync.Policy{MinCopies: 4}), "enroll more first")
+	})
+}
+
+func TestAGroupWithoutLiveKeysIsDeleted(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		k := d.must("x")[0]
+		failed(t, d.c.DeleteGroup(ctx, "moved"), "retire them first")
+		good(t, d.c.RetireKey(ctx, k.ID, ""))
+		good(t, d.c.DeleteGroup(ctx, "moved"))
+		good(t, d.c.DeleteGroup(ctx, "moved"))
+		_, err := d.make("y")
+		failed(t, err, "deleted")
+		for _, err := range []error{d.setup(hsmsync.Policy{}), d.c.Enroll(ctx, d.newcomer("d")), d.c.Drain(ctx, "a", ""), d.c.SetPolicy(ctx, hsmsync.Policy{MinCopies: 3})} {
+			failed(t, err, "deleted")
+		}
+		if r, err := d.c.Reconcile(ctx); err != nil || !r.OK {
+			t.Errorf("%+v %v", r, err)
+		}
+	})
+}
+
+func TestAnEntryThatIsLostAgainIsNotAcknowledged(t *testing.T) {
+	for event, act := range map[string]func(*desk) error{
+		"drain":   func(d *desk) error { return d.c.Drain(d.t.Context(), "c", "") },
+		"standby": func(d *desk) error { return d.c.Standby(d.t.Context(), "c", "") },
+		"remove":  func(d *desk) error { return d.c.Remove(d.t.Context(), "c", "") },
+		"recover": func(d *desk) error { return d.c.Recover(d.t.Context(), "c", "") },
+		"retired": func(d *desk) error { return d.c.RetireKey(d.t.Context(), d.live()[0], "") },
+		"active": func(d *desk) error {
+			if d.at["d"] == nil {
+				d.newcomer("d")
+			}
+			return d.c.Enroll(d.t.Context(), d.request("d"))
+		},
+	} {
+		t.Run(event, func(t *testing.T) {
+			atDesk(t, func(t *testing.T, d *desk) {
+				d.must("x")
+				d.chain.after = func(e hsmsync.Entry) error {
+					if e.Event == event {
+						d.chain.entries = d.chain.entries[:len(d.chain.entries)-1]
+						d.chain.after = nil
+					}
+					return nil
+				}
+				failed(t, act(d), "lost the entry")
+				good(t, act(d)) // and a repetition does it
+				if e := d.chain.events(); e[len(e)-1] != event {
+					t.Errorf("the log ends with %s", e[len(e)-1])
+				}
+			})
+		})
+	}
+}
+
+func TestAStaleCoordinatorDecidesAnew(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		d.must("x")
+		good(t, d.c.Standby(t.Context(), "c", ""))
+		// Between reading and writing another coordinator drains b: then a is the last one, and stays.
+		d.chain.before = func(e hsmsync.Entry) error {
+			d.chain.before = nil
+			return d.coordinator("sync2").Standby(t.Context(), "b", "")
+		}
+		failed(t, d.c.Standby(t.Context(), "a", ""), "last active member")
+		d.expect("a active, b standby, c standby")
+	})
+}
+
+func TestARetiredKeyIsDestroyedAfterItsTimeByTwoPeople(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		keys := d.must("x", "y")
+		act, err := d.c.DestroyAct(ctx, keys[0].ID)
+		good(t, err)
+		_, err = d.c.DestroyKey(ctx, keys[0].ID, d.grant(act, time.Hour))
+		failed(t, err, "it is live: retire it first")
+		good(t, d.c.RetireKey(ctx, keys[0].ID, "rolled over"))
+		good(t, d.c.RetireKey(ctx, keys[0].ID, "rolled over"))
+		_, err = d.c.DestroyKey(ctx, keys[0].ID, d.grant(act, time.Hour))
+		failed(t, err, "24h0m0s must pass", "wait until")
+		time.Sleep(25 * time.Hour)
+		_, err = d.c.DestroyKey(ctx, keys[0].ID, nil)
+		failed(t, err, "needs the approval of 2 people")
+		other, err := d.c.DestroyAct(ctx, keys[1].ID)
+		good(t, err)
+		_, err = d.c.DestroyKey(ctx, keys[0].ID, d.grant(other, time.Hour))
+		failed(t, err, "what was approved is")
+		d.same("a", keys...)
+
+		d.at["c"].with("*", dead)
+		grant := d.grant(act, time.Hour)
+		out, err := d.c.DestroyKey(ctx, keys[0].ID, grant)
+		if err != nil || len(out.Done) != 2 || len(out.Left) != 1 || out.Left["c"] == "" {
+			t.Fatalf("%+v %v", out, err)
+		}
+		d.same("a", keys[1])
+		if k, _ := d.state().Key(keys[0].ID); k.State != hsmsync.StateDestroyed || len(k.Note.By) != 2 {
+			t.Errorf("%+v", k)
+		}
+		// c comes back within the hour: the approval in the log is still in force.
+		d.at["c"].with("*", nil)
+		r, err := d.c.Reconcile(ctx)
+		if err != nil || r.Destroyed != 1 || !r.OK {
+			t.Fatalf("%+v %v", r, err)
+		}
+		d.same("c", keys[1])
+		out, err = d.c.DestroyKey(ctx, keys[0].ID, grant)
+		if err != nil || len(out.Left) != 0 {
+			t.Errorf("%+v %v", out, err)
+		}
+		// It does not come back by an enrolment either.
+		good(t, d.c.Enroll(ctx, d.newcomer("d")))
+		d.same("d", keys[1])
+	})
+}
+
+func TestADestroyedKeyBroughtBackByARestoredMemberWantsANewApproval(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		keys := d.must("x", "y")
+		old := d.at["b"].keys[keys[0].ID]
+		good(t, d.c.RetireKey(ctx, keys[0].ID, ""))
+		time.Sleep(25 * time.Hour)
+		act, err := d.c.DestroyAct(ctx, keys[0].ID)
+		good(t, err)
+		_, err = d.c.DestroyKey(ctx, keys[0].ID, d.grant(act, time.Hour))
+		good(t, err)
+		time.Sleep(2 * time.Hour)
+		d.at["b"].set(func() { d.at["b"].keys[keys[0].ID] = old; clear(d.at["b"].destroyed) })
+		r, err := d.c.Reconcile(ctx)
+		if err != nil || r.OK || r.Destroyed != 0 || len(r.Findings) != 1 {
+			t.Fatalf("%+v %v", r, err)
+		}
+		failed(t, errorOf(r.Findings[0].Detail), "needs a new approval", "key-destroy of ca/"+string(keys[0].ID), "expired")
+		d.same("b", keys...)
+		out, err := d.c.DestroyKey(ctx, keys[0].ID, d.grant(act, time.Hour))
+		if err != nil || len(out.Left) != 0 {
+			t.Fatalf("%+v %v", out, err)
+		}
+		d.same("b", keys[1])
+		if r, err := d.c.Reconcile(ctx); err != nil || !r.OK || len(r.Findings) > 0 {
+			t.Errorf("%+v %v", r, err)
+		}
+	})
+}
+
+type errorOf string
+
+func (e errorOf) Error() string { return string(e) }
+
+func TestAnAbandonedKeyIsDestroyed(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		d.leaveBehind()
+		id := d.state().Keys()[0].ID
+		r, err := d.c.Reconcile(ctx)
+		if err != nil || !r.OK || kinds(r) != "abandoned a, abandoned b" {
+			t.Errorf("%+v %v", r, err)
+		}
+		time.Sleep(25 * time.Hour)
+		act, err := d.c.DestroyAct(ctx, id)
+		good(t, err)
+		out, err := d.c.DestroyKey(ctx, id, d.grant(act, time.Hour))
+		if err != nil || len(out.Left) != 0 || len(d.at["a"].keys)+len(d.at["b"].keys) != 0 {
+			t.Errorf("%+v %v", out, err)
+		}
+	})
+}
+
+func TestARetirementThatIsLostAgainDestroysNothing(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		k := d.must("x")[0]
+		good(t, d.c.RetireKey(ctx, k.ID, ""))
+		time.Sleep(25 * time.Hour)
+		act, err := d.c.DestroyAct(ctx, k.ID)
+		good(t, err)
+		d.chain.after = func(e hsmsync.Entry) error {
+			if e.Event == "destroyed" { // the database goes back to where the key was live
+				d.chain.entries = d.chain.entries[:len(d.chain.entries)-2]
+				d.chain.after = nil
+			}
+			return nil
+		}
+		_, err = d.c.DestroyKey(ctx, k.ID, d.grant(act, time.Hour))
+		failed(t, err, "lost the entry")
+		for _, m := range d.members {
+			d.same(m.name, k)
+		}
+	})
+}
