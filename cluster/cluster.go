@@ -37,8 +37,9 @@ type Cluster struct {
 
 // manifest is what a cluster's directory says about itself. Its presence is what makes a directory a cluster's.
 type manifest struct {
-	Format  int    `json:"format"`
-	Network string `json:"network"`
+	Format  int     `json:"format"`
+	Network string  `json:"network"`
+	Added   []Added `json:"added,omitempty"`
 }
 
 // Up brings the cluster in o.Dir up and returns when every part is ready; ctx bounds that. It is safe to repeat: a running cluster is left as
@@ -180,15 +181,20 @@ func Open(dir string) (*Cluster, error) {
 	return &Cluster{layout: l, control: newControl(l)}, nil
 }
 
-// Layout says where the cluster's files and addresses are.
-func (c *Cluster) Layout() Layout { return c.layout }
+// Layout says where the cluster's files and addresses are, those of parts added since the handle was made included.
+func (c *Cluster) Layout() Layout {
+	if l, err := layoutFor(c.layout.Dir, c.layout.Network); err == nil {
+		return l
+	}
+	return c.layout
+}
 
 // Status tells how the cluster and each process are now. A cluster without a supervisor is stopped, and so is every part.
 func (c *Cluster) Status() (Status, error) {
 	var st Status
 	err := c.control.call(context.Background(), "GET", "/status", nil, &st)
 	if errors.Is(err, errNoSupervisor) {
-		return Describe(c.layout), nil
+		return Describe(c.Layout()), nil
 	}
 	return st, err
 }
@@ -230,7 +236,7 @@ func (c *Cluster) AwaitReady(ctx context.Context, name string) error {
 }
 
 func (c *Cluster) part(name, verb string, sig syscall.Signal) error {
-	if _, err := c.layout.Part(name); err != nil {
+	if _, err := c.Layout().Part(name); err != nil {
 		return err
 	}
 	return c.control.call(context.Background(), "POST", "/parts/"+name+"/"+verb, url.Values{"signal": {strconv.Itoa(int(sig))}}, nil)
@@ -272,7 +278,7 @@ func (c *Cluster) halt(how string) error {
 	if err := killMarked(c.layout.Dir); err != nil {
 		return err
 	}
-	_ = checkAddresses(c.layout, 5*time.Second) // what the kernel has not buried yet still holds its addresses; somebody else's are no matter
+	_ = checkAddresses(c.Layout(), 5*time.Second) // what the kernel has not buried yet still holds its addresses; somebody else's are no matter
 	return nil
 }
 
@@ -313,7 +319,11 @@ func layoutFor(dir, network string) (Layout, error) {
 	if network != "" && network != m.Network {
 		return Layout{}, fmt.Errorf("the cluster in %s was made on %s: choose another directory with --dir, or end it with `pkictl demo down`", l.Dir, m.Network)
 	}
-	return NewLayout(dir, m.Network)
+	if l, err = NewLayout(dir, m.Network); err != nil {
+		return Layout{}, err
+	}
+	l.added = m.Added
+	return l, nil
 }
 
 // prepareDir makes the cluster's directory, or refuses one that holds anything else.

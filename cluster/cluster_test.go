@@ -233,6 +233,35 @@ func TestClusterComesUpHealsAndLeavesNothing(t *testing.T) {
 		}
 	})
 
+	t.Run("an HSM member is added to the running cluster", func(t *testing.T) {
+		if _, err := c.Layout().Part("hsmd-d"); err == nil {
+			t.Fatal("it is there already")
+		}
+		for range 2 { // the second time there is nothing to do
+			if err := c.Add(cluster.Added{Name: "hsmd-d"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if p := process(t, c, "hsmd-d"); p.State != cluster.Running || p.Role != cluster.RoleHSMD {
+			t.Errorf("%+v", p)
+		}
+		if err := c.Kill("hsmd-d"); err != nil {
+			t.Error(err)
+		}
+		if err := c.Start("hsmd-d"); err != nil {
+			t.Error(err)
+		}
+		if err := c.AwaitReady(ctx, "hsmd-d"); err != nil {
+			t.Error(err)
+		}
+		if err := c.Remove("hsmd-a"); err == nil || !strings.Contains(err.Error(), "stays") {
+			t.Errorf("removing a founder: %v", err)
+		}
+		if err := c.Add(cluster.Added{Name: "ca3"}); err == nil {
+			t.Error("anything can be added")
+		}
+	})
+
 	t.Run("parts die with a killed supervisor", func(t *testing.T) {
 		var pid int
 		processes, _ := filepath.Glob("/proc/[0-9]*/environ")
@@ -272,6 +301,46 @@ func TestClusterComesUpHealsAndLeavesNothing(t *testing.T) {
 		out, err := exec.CommandContext(ctx, filepath.Join(o.Binaries, "pkictl"), "cert", "list", "--dir", o.Dir, "--output", "json").Output()
 		if err != nil || !strings.Contains(string(out), "superseded") {
 			t.Errorf("the record lost the revoked certificate: %v: %s", err, out)
+		}
+	})
+
+	t.Run("the added member came back with the others, is wiped, and goes without a trace", func(t *testing.T) {
+		p := process(t, c, "hsmd-d")
+		if p.State != cluster.Running {
+			t.Errorf("%+v", p)
+		}
+		token := func() string {
+			entries, err := os.ReadDir(filepath.Join(p.Dir, "tokens"))
+			if err != nil || len(entries) != 1 {
+				t.Fatalf("its token: %v, %v", entries, err)
+			}
+			return entries[0].Name()
+		}
+		before := token()
+		if err := c.Wipe("hsmd-d"); err != nil {
+			t.Fatal(err)
+		}
+		if after := token(); after == before {
+			t.Errorf("token %s is still there", before)
+		}
+		if err := c.AwaitReady(ctx, "hsmd-d"); err != nil {
+			t.Error(err)
+		}
+		if err := c.Wipe("ca1"); err == nil {
+			t.Error("a CA node has no token to wipe")
+		}
+		if err := c.Remove("hsmd-d"); err != nil {
+			t.Fatal(err)
+		}
+		left, err := filepath.Glob(filepath.Join(o.Dir, "*", "*hsmd-d*"))
+		if err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+		if st, err := c.Status(); err != nil || st.State != cluster.Running {
+			t.Errorf("%s, %v", st.State, err)
+		}
+		if err := c.Kill("hsmd-d"); err == nil {
+			t.Error("it can still be killed")
 		}
 	})
 

@@ -1,10 +1,12 @@
 package cluster
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/goccy/go-yaml"
 )
@@ -17,6 +19,9 @@ func item(key string, value any) yaml.MapItem { return yaml.MapItem{Key: key, Va
 // softHSMConf is the file that SOFTHSM2_CONF names for the agent p.
 func softHSMConf(p Part) string { return filepath.Join(p.Dir, "softhsm2.conf") }
 
+// tokens is where SoftHSM keeps the token of the agent p.
+func tokens(p Part) string { return filepath.Join(p.Dir, "tokens") }
+
 // writeConfigs writes every process' configuration, as an operator would have written it by hand.
 func writeConfigs(l Layout) error {
 	for _, p := range l.Parts() {
@@ -25,8 +30,8 @@ func writeConfigs(l Layout) error {
 		case RoleDB:
 			continue // node.cnf is rendered by ops/galera
 		case RoleHSMD:
-			conf := fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n", filepath.Join(p.Dir, "tokens"))
-			if err := os.Mkdir(filepath.Join(p.Dir, "tokens"), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+			conf := fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n", tokens(p))
+			if err := os.Mkdir(tokens(p), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 				return fmt.Errorf("making the token directory of %s: %w", p.Name, err)
 			}
 			if err := replaceFile(softHSMConf(p), []byte(conf), 0o600); err != nil {
@@ -74,7 +79,7 @@ func (l Layout) common(name string) tree {
 func (l Layout) hsmdConfig(p Part) tree {
 	return tree{
 		item("listen", p.Addresses["agent"]),
-		item("module", softHSMModule),
+		item("module", cmp.Or(l.addition(p.Name).Module, softHSMModule)),
 		item("token", p.Name),
 		item("pin_file", l.Secret(p.Name+"-pin")),
 		item("so_pin_file", l.Secret(p.Name+"-so-pin")),
@@ -83,6 +88,7 @@ func (l Layout) hsmdConfig(p Part) tree {
 }
 
 func (l Layout) caConfig(p Part) tree {
+	sync := l.Files(syncName(p))
 	return tree{
 		item("listen", tree{item("api", p.Addresses["api"]), item("admin", p.Addresses["admin"])}),
 		item("state_dir", p.Dir),
@@ -90,6 +96,11 @@ func (l Layout) caConfig(p Part) tree {
 		item("base_url", l.PublicURL()),
 		item("database", l.databaseConfig("ca", p)),
 		item("hsm", l.groupConfig()),
+		item("sync", tree{
+			item("identity", tree{item("cert", sync.Cert), item("key", sync.Key), item("trust", sync.Trust)}),
+			item("user", "sync"),
+			item("password_file", l.Secret("db-sync")),
+		}),
 	}
 }
 
@@ -138,7 +149,7 @@ func (l Layout) initConfig() tree {
 	}
 }
 
-// syncConfig is what `pkictl hsm status` reads.
+// syncConfig is what `pkictl hsm` and `pkictl key` read.
 func (l Layout) syncConfig() tree {
 	return tree{item("database", l.databaseConfig("sync", Part{})), item("hsm", l.groupConfig())}
 }
@@ -166,9 +177,13 @@ func (l Layout) databaseNodes(p Part) []string {
 	return nodes
 }
 
+// groupConfig names the members with which the group begins; of those that join later its log tells.
 func (l Layout) groupConfig() tree {
 	var members []tree
 	for _, p := range l.role(RoleHSMD) {
+		if !slices.Contains(founders, p.Name) {
+			continue
+		}
 		members = append(members, tree{item("name", p.Name), item("address", p.Addresses["agent"])})
 	}
 	return tree{item("group", KeyGroup), item("members", members)}

@@ -86,6 +86,13 @@ func (s *supervisor) handler() http.Handler {
 			http.Error(w, err.Error(), http.StatusConflict)
 		}
 	})
+	mux.HandleFunc("POST /members/{name}/{verb}", func(w http.ResponseWriter, r *http.Request) {
+		q := r.URL.Query()
+		a := Added{Name: r.PathValue("name"), Module: q.Get("module"), Env: q["env"]}
+		if err := s.change(r.Context(), a, r.PathValue("verb")); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+		}
+	})
 	mux.HandleFunc("POST /down", func(w http.ResponseWriter, r *http.Request) {
 		s.end(r.URL.Query().Get("how") == "clean")
 	})

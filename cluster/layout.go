@@ -1,5 +1,5 @@
-// Package cluster runs a whole Trivet installation on one machine: three database nodes, three HSM agents with a SoftHSM token each,
-// two CA nodes, two responders and a balancer, as plain processes on a block of loopback addresses, everything under one directory.
+// Package cluster runs a whole Trivet installation on one machine: three database nodes, three HSM agents with a SoftHSM token each and as
+// many more as somebody adds, two CA nodes, two responders and a balancer, as plain processes on a block of loopback addresses, everything under one directory.
 // It is what `pkictl demo` and the end-to-end tests start; no container engine is involved.
 package cluster
 
@@ -52,6 +52,7 @@ type Layout struct {
 	Dir     string // absolute
 	Network string // such as 127.77.0.0/16
 	prefix  string // first two octets
+	added   []Added
 }
 
 // NewLayout checks dir and network; empty values stand for DefaultDir and DefaultNetwork. It touches nothing.
@@ -100,8 +101,11 @@ func (l Layout) Parts() []Part {
 			"mysql": h + ":3306", "group": h + ":4567", "ist": h + ":4568", "sst": h + ":4444",
 		})
 	}
-	for i, n := range []string{"a", "b", "c"} {
-		add("hsmd-"+n, RoleHSMD, map[string]string{"agent": l.host(2, i+1) + ":7443"})
+	for _, name := range founders {
+		add(name, RoleHSMD, l.agentAddress(name))
+	}
+	for _, a := range l.added {
+		add(a.Name, RoleHSMD, l.agentAddress(a.Name))
 	}
 	for i := 1; i <= 2; i++ {
 		h := l.host(3, i)

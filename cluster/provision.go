@@ -32,7 +32,7 @@ var people = []struct {
 	{"auditor", identity.RoleAuditor},
 	{"sre", identity.RoleSRE},
 	{"ceremony", identity.RoleCeremony}, // pkictl init
-	{"sync", identity.RoleSync},         // pkictl hsm status
+	{"sync", identity.RoleSync},         // pkictl hsm
 	{"fsck", identity.RoleFsck},         // pkictl fsck
 }
 
@@ -62,11 +62,7 @@ func provision(l Layout) error {
 		}
 	}
 	// Early: from here on the directory is known to be a cluster's, and may be removed as one.
-	about, err := json.Marshal(manifest{Format: 1, Network: l.Network})
-	if err != nil {
-		return fmt.Errorf("describing the cluster: %w", err)
-	}
-	if err := writeOnce(l.manifest(), append(about, '\n'), 0o644); err != nil {
+	if err := l.describe(); err != nil {
 		return err
 	}
 	private := []string{l.Data("ceremony")}
@@ -89,6 +85,15 @@ func provision(l Layout) error {
 	return writeConfigs(l)
 }
 
+// describe writes down what the cluster is made with.
+func (l Layout) describe() error {
+	about, err := json.Marshal(manifest{Format: 1, Network: l.Network, Added: l.added})
+	if err != nil {
+		return fmt.Errorf("describing the cluster: %w", err)
+	}
+	return replaceFile(l.manifest(), append(about, '\n'), 0o644)
+}
+
 func provisionSecrets(l Layout) error {
 	names := []string{"db-" + dbOwner}
 	for _, account := range dbAccounts {
@@ -104,6 +109,9 @@ func provisionSecrets(l Layout) error {
 	}
 	return nil
 }
+
+// syncName is under which name a CA node keeps the HSM group's keys in step.
+func syncName(node Part) string { return "sync-" + node.Name }
 
 func provisionIdentities(l Layout) error {
 	authority, err := identity.OpenAuthority(l.authority())
@@ -136,6 +144,11 @@ func provisionIdentities(l Layout) error {
 		}
 		if err := issue(p.Name, identity.Role(p.Role), ips); err != nil {
 			return err
+		}
+		if p.Role == RoleCA { // its second one, for the key-sync job
+			if err := issue(syncName(p), identity.RoleSync, nil); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -85,6 +85,9 @@ func TestEverybodyHasTheIdentityOfTheirRole(t *testing.T) {
 	for _, p := range l.Parts() {
 		want[p.Name] = identity.Role(p.Role)
 	}
+	for _, p := range l.role(RoleCA) {
+		want["sync-"+p.Name] = identity.RoleSync
+	}
 	for name, role := range want {
 		id, err := identity.Load(l.Files(name))
 		if err != nil {
@@ -96,6 +99,40 @@ func TestEverybodyHasTheIdentityOfTheirRole(t *testing.T) {
 		}
 		if left := time.Until(id.NotAfter()); left < identityLifetime/2 {
 			t.Errorf("identity of %s ends in %s", name, left)
+		}
+	}
+}
+
+func TestAddedMemberIsPartOfTheClusterUntilRemoved(t *testing.T) {
+	l := provisioned(t)
+	a := Added{Name: "hsmd-d", Module: "/faulty.so", Env: []string{"FAULTS=/x"}}
+	if err := provision(l.with(a)); err != nil {
+		t.Fatal(err)
+	}
+	again, err := layoutFor(l.Dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := again.Part("hsmd-d")
+	if err != nil || p.Addresses["agent"] != "127.95.2.4:7443" {
+		t.Errorf("%+v, %v", p, err)
+	}
+	text, err := os.ReadFile(again.Config("hsmd-d"))
+	if err != nil || !strings.Contains(string(text), "module: /faulty.so") {
+		t.Errorf("its configuration: %v\n%s", err, text)
+	}
+	if text, err := os.ReadFile(again.Config("ca1")); err != nil || strings.Contains(string(text), "hsmd-d") {
+		t.Errorf("a node's configuration names it, but only the group's log may: %v\n%s", err, text)
+	}
+	if err := again.without("hsmd-d").describe(); err != nil {
+		t.Fatal(err)
+	}
+	if again, err = layoutFor(l.Dir, ""); err != nil || len(again.added) != 0 {
+		t.Errorf("after its removal: %+v, %v", again.added, err)
+	}
+	for _, name := range []string{"hsmd-a", "hsmd-d2", "hsmd-", "ca3", "hsmd-D", "../x"} {
+		if err := (Added{Name: name}).check(); err == nil {
+			t.Errorf("%q may be added", name)
 		}
 	}
 }

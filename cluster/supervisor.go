@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -32,15 +33,22 @@ type SuperviseConfig struct {
 
 // supervisor runs the parts of one cluster: it starts them in order, restarts those that die by themselves and obeys the control socket.
 type supervisor struct {
-	layout   Layout
 	binaries string
 	log      *slog.Logger
 	spawn    *spawner
-	units    []*unit
 	galera   *database
 	probe    *prober
 	story    *story
 	began    time.Time
+
+	changing sync.Mutex // one change of the parts at a time
+
+	mu      sync.Mutex
+	layout  Layout
+	units   []*unit
+	cancels map[string]context.CancelFunc
+	closed  bool           // no part may join any more
+	parts   sync.WaitGroup // their goroutines
 
 	ending   chan struct{} // closed by end
 	endOnce  sync.Once
@@ -53,7 +61,7 @@ type supervisor struct {
 func Supervise(ctx context.Context, cfg SuperviseConfig) error {
 	s := &supervisor{
 		layout: cfg.Layout, binaries: cfg.Binaries, log: cfg.Log, spawn: newSpawner(), story: newStory(), began: time.Now(),
-		ending: make(chan struct{}), finished: make(chan struct{}), clean: true,
+		ending: make(chan struct{}), finished: make(chan struct{}), clean: true, cancels: map[string]context.CancelFunc{},
 	}
 	defer s.spawn.close()
 	var err error
@@ -71,19 +79,9 @@ func Supervise(ctx context.Context, cfg SuperviseConfig) error {
 	var serving sync.WaitGroup
 	serving.Go(func() { _ = server.Serve(ln) })
 
-	var parts sync.WaitGroup
-	cancels := map[string]context.CancelFunc{}
 	for _, p := range cfg.Layout.Parts() {
-		u := &unit{Part: p, grace: 5 * time.Second, spawn: s.spawn, dir: cfg.Layout.Dir, log: cfg.Log, changed: make(chan struct{}), command: s.command(p), over: make(chan struct{})}
-		if p.Role == RoleDB {
-			u.grace, u.ended = 30*time.Second, s.galera.ended
-		}
-		s.units = append(s.units, u)
-		var uctx context.Context
-		uctx, cancels[p.Name] = context.WithCancel(context.WithoutCancel(ctx))
-		parts.Go(func() { u.loop(uctx) })
-		if p.Role == RoleDB { // a node that was frozen may give up on the group and stay alive
-			parts.Go(func() { _ = galera.Guard(uctx, s.galera.node(p.Name), cfg.Log) }) // ends with uctx, without an error
+		if _, err := s.adopt(cfg.Layout, p); err != nil {
+			return err
 		}
 	}
 	working, stopWork := context.WithCancel(ctx)
@@ -106,8 +104,8 @@ func Supervise(ctx context.Context, cfg SuperviseConfig) error {
 	}
 	stopWork()
 	booting.Wait()
-	s.stop(cancels)
-	parts.Wait()
+	s.stop()
+	s.parts.Wait()
 	close(s.finished)
 	shutdown, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -128,26 +126,71 @@ func (s *supervisor) end(clean bool) {
 }
 
 // stop ends the parts against the order in which they started, so that none fails for want of another.
-func (s *supervisor) stop(cancels map[string]context.CancelFunc) {
+func (s *supervisor) stop() {
+	s.mu.Lock()
+	s.closed = true
+	units, cancels := slices.Clone(s.units), maps.Clone(s.cancels)
+	s.mu.Unlock()
 	if !s.clean {
-		for _, u := range s.units {
+		for _, u := range units {
 			u.abandon()
 			cancels[u.Name]()
 		}
 		return
 	}
 	for _, roles := range [][]string{{RoleLB}, {RoleCA, RoleOCSP}, {RoleHSMD}, {RoleDB}} {
-		for _, u := range s.units {
+		for _, u := range units {
 			if slices.Contains(roles, u.Role) {
 				cancels[u.Name]()
 			}
 		}
-		for _, u := range s.units {
+		for _, u := range units {
 			if slices.Contains(roles, u.Role) {
 				<-u.over
 			}
 		}
 	}
+}
+
+// adopt puts a part under supervision, not started yet; l is the layout that has it.
+func (s *supervisor) adopt(l Layout, p Part) (*unit, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, errors.New("the cluster is going down")
+	}
+	u := &unit{Part: p, grace: 5 * time.Second, spawn: s.spawn, dir: l.Dir, log: s.log, changed: make(chan struct{}), command: s.command(p), over: make(chan struct{})}
+	if p.Role == RoleDB {
+		u.grace, u.ended = 30*time.Second, s.galera.ended
+	}
+	s.layout = l
+	s.units = append(s.units, u)
+	ctx, cancel := context.WithCancel(context.Background()) // the order of stop ends it, nothing else
+	s.cancels[p.Name] = cancel
+	s.parts.Go(func() { u.loop(ctx) })
+	if p.Role == RoleDB { // a node that was frozen may give up on the group and stay alive
+		s.parts.Go(func() { _ = galera.Guard(ctx, s.galera.node(p.Name), s.log) }) // ends with ctx, without an error
+	}
+	return u, nil
+}
+
+// release ends the supervision of a part that has no process any more; l is the layout without it.
+func (s *supervisor) release(l Layout, u *unit) {
+	s.mu.Lock()
+	cancel := s.cancels[u.Name]
+	delete(s.cancels, u.Name)
+	s.layout = l
+	s.units = slices.DeleteFunc(slices.Clone(s.units), func(other *unit) bool { return other == u })
+	s.mu.Unlock()
+	cancel()
+	<-u.over
+}
+
+// plan is the layout as it is now.
+func (s *supervisor) plan() Layout {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.layout
 }
 
 // boot starts the parts in order and returns when all of them are ready. What need not wait for one another goes at once: the HSM agents and
@@ -156,12 +199,7 @@ func (s *supervisor) boot(ctx context.Context) error {
 	var joining []*unit
 	first, fctx := errgroup.WithContext(ctx)
 	for _, u := range s.of(RoleHSMD) {
-		first.Go(func() error {
-			if err := s.once(fctx, u.Part, "init-token", filepath.Join(s.binaries, "hsmd"), "init-token", "--config", s.layout.Config(u.Name)); err != nil {
-				return err
-			}
-			return s.bring(fctx, u)
-		})
+		first.Go(func() error { return s.bringHSM(fctx, u) })
 	}
 	first.Go(func() (err error) {
 		s.tell("preparing the database")
@@ -188,7 +226,7 @@ func (s *supervisor) boot(ctx context.Context) error {
 	})
 	second.Go(func() error {
 		began := time.Now()
-		err := s.once(sctx, Part{Name: "init", Log: s.layout.Log("init")}, "pkictl init", filepath.Join(s.binaries, "pkictl"), "init", "--config", s.layout.Config("init"))
+		err := s.once(sctx, Part{Name: "init", Log: s.plan().Log("init")}, "pkictl init", filepath.Join(s.binaries, "pkictl"), "init", "--config", s.plan().Config("init"))
 		if err != nil {
 			return err
 		}
@@ -281,7 +319,7 @@ func (s *supervisor) once(ctx context.Context, p Part, what string, argv ...stri
 	defer out.Close()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.Env = append(s.environment(p), markerOf(p.Name, s.layout.Dir))
+	cmd.Env = append(s.environment(p), markerOf(p.Name, s.plan().Dir))
 	if err := s.spawn.start(cmd); err != nil {
 		return fmt.Errorf("starting %s: %w", what, err)
 	}
@@ -306,7 +344,7 @@ func (s *supervisor) command(p Part) func(context.Context) (*exec.Cmd, error) {
 		return func(ctx context.Context) (*exec.Cmd, error) { return s.galera.command(ctx, p) }
 	}
 	return func(context.Context) (*exec.Cmd, error) {
-		cmd := exec.Command(filepath.Join(s.binaries, p.Role), "--config", s.layout.Config(p.Name))
+		cmd := exec.Command(filepath.Join(s.binaries, p.Role), "--config", s.plan().Config(p.Name))
 		cmd.Env = s.environment(p)
 		cmd.Dir = p.Dir
 		return cmd, nil
@@ -319,7 +357,7 @@ func (s *supervisor) environment(p Part) []string {
 		return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "SOFTHSM2_CONF=")
 	})
 	if p.Role == RoleHSMD {
-		env = append(env, "SOFTHSM2_CONF="+softHSMConf(p))
+		env = append(append(env, "SOFTHSM2_CONF="+softHSMConf(p)), s.plan().addition(p.Name).Env...)
 	}
 	if os.Getenv("GOGC") == "" {
 		env = append(env, "GOGC=400") // heaps of a few MB: at the default a tenth of a CA node's time goes to collecting them
@@ -331,7 +369,7 @@ func (s *supervisor) environment(p Part) []string {
 func (s *supervisor) act(ctx context.Context, name, verb string, sig syscall.Signal) error {
 	u := s.unit(name)
 	if u == nil {
-		_, err := s.layout.Part(name)
+		_, err := s.plan().Part(name)
 		return err
 	}
 	if verb != "ready" {
@@ -362,9 +400,11 @@ func (s *supervisor) act(ctx context.Context, name, verb string, sig syscall.Sig
 }
 
 func (s *supervisor) status() Status {
-	st := Describe(s.layout)
-	for i, u := range s.units {
-		st.Processes[i] = u.status()
+	st := Describe(s.plan())
+	for i, p := range st.Processes {
+		if u := s.unit(p.Name); u != nil {
+			st.Processes[i] = u.status()
+		}
 	}
 	st.State = overall(st.Processes)
 	return st
@@ -372,6 +412,8 @@ func (s *supervisor) status() Status {
 
 // unit returns the part of that name, or nil.
 func (s *supervisor) unit(name string) *unit {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, u := range s.units {
 		if u.Name == name {
 			return u
@@ -381,6 +423,8 @@ func (s *supervisor) unit(name string) *unit {
 }
 
 func (s *supervisor) of(role string) []*unit {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var of []*unit
 	for _, u := range s.units {
 		if u.Role == role {

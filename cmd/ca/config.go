@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"regexp"
+	"time"
 
 	"github.com/goccy/go-yaml"
 
@@ -41,8 +42,19 @@ type config struct {
 
 	HSM struct {
 		Group   string           `yaml:"group"`   // key group
-		Members []hsmsync.Member `yaml:"members"` // name and address of each hsmd
+		Members []hsmsync.Member `yaml:"members"` // name and address of each hsmd with which the group began; of others its log tells
 	} `yaml:"hsm"`
+
+	Sync *syncConfig `yaml:"sync"` // absent: the HSM group's keys are kept in step elsewhere
+}
+
+// syncConfig is who keeps the HSM group's keys in step: one node at a time, whichever holds the lease. It is not the node itself, which may
+// sign: this identity may move keys and use none.
+type syncConfig struct {
+	Identity     identity.Files `yaml:"identity"`      // PEM files of role sync; re-read when they change
+	User         string         `yaml:"user"`          // database account of role sync, in the database of this node
+	PasswordFile string         `yaml:"password_file"` // re-read at every connection
+	Every        time.Duration  `yaml:"every"`         // pause between two rounds, 1s to 1h; default 10s
 }
 
 var (
@@ -59,6 +71,9 @@ func readConfig(path string) (*config, error) {
 	c := new(config)
 	if err := yaml.NewDecoder(bytes.NewReader(text), yaml.Strict()).Decode(c); err != nil {
 		return nil, fmt.Errorf("reading the configuration %s: %w", path, err)
+	}
+	if c.Sync != nil && c.Sync.Every == 0 {
+		c.Sync.Every = 10 * time.Second
 	}
 	if err := c.validate(); err != nil {
 		return nil, fmt.Errorf("checking the configuration %s: %w", path, err)
@@ -101,6 +116,12 @@ func (c *config) validate() error {
 		check(m.Name != "", "hsm.members[%d].name is missing", i)
 		address(fmt.Sprintf("hsm.members[%d].address", i), m.Address)
 	}
+	if s := c.Sync; s != nil {
+		check(s.Identity.Cert != "" && s.Identity.Key != "" && s.Identity.Trust != "", "sync.identity: cert, key and trust are all needed")
+		check(s.User != "", "sync.user is missing")
+		check(s.PasswordFile != "", "sync.password_file is missing")
+		check(s.Every >= time.Second && s.Every <= time.Hour, "sync.every %s: want 1s to 1h", s.Every)
+	}
 	return errors.Join(bad...)
 }
 
@@ -113,6 +134,11 @@ func (c *config) checkFiles() error {
 	}
 	if _, err := os.Stat(c.Database.PasswordFile); err != nil {
 		return fmt.Errorf("database.password_file: %w", err)
+	}
+	if c.Sync != nil {
+		if _, err := os.Stat(c.Sync.PasswordFile); err != nil {
+			return fmt.Errorf("sync.password_file: %w", err)
+		}
 	}
 	return nil
 }

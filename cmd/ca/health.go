@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -143,18 +144,43 @@ func (h *healthLoop) make(ctx context.Context) {
 	able("read", database, journal)
 	able("revoke", database, journal)
 	able("admin", journal)
+	all, err := h.members()
+	check("hsm", err, all)
 	for _, a := range h.n.engine.Authorities().All() {
 		if a.Certificate == nil || a.State == ca.StateExternal || a.Group != h.n.cfg.HSM.Group {
 			continue
 		}
-		members, err := h.n.group.Ready(a.KeyID)
-		check("hsm:"+a.Issuer, err, fmt.Sprintf("%d members hold the key", members))
+		ready, err := h.n.group.Ready(a.KeyID)
+		check("hsm:"+a.Issuer, err, fmt.Sprintf("%d members hold the key", ready))
 		able("crl:"+a.Issuer, database, journal, err)
 	}
 	for name, err := range h.issue(ctx) {
 		able(name, err)
 	}
 	h.publish(r)
+}
+
+// members tells how each member of the HSM group is, as this node sees it. The error is that some do not serve that should.
+func (h *healthLoop) members() (all string, err error) {
+	var well, unwell []string
+	for _, g := range h.n.group.Status().Groups {
+		for _, m := range g.Members {
+			one := m.Name + " " + m.State
+			switch m.State {
+			case "active", "standby", "drained":
+				well = append(well, one)
+			default:
+				if m.Cause != "" {
+					one += " (" + m.Cause + ")"
+				}
+				unwell = append(unwell, one)
+			}
+		}
+	}
+	if all = strings.Join(append(unwell, well...), ", "); len(unwell) > 0 {
+		err = errors.New(all)
+	}
+	return all, err
 }
 
 // issue asks the engine what it can issue, and the group whether some member can sign for it now.

@@ -64,6 +64,7 @@ func newLab(t *testing.T) *lab {
 	l.dir = filepath.Dir(l.members[0].Dir)
 	l.establish(t)
 	l.Identity(identity.RoleCA, "ca1")
+	l.Identity(identity.RoleSync, "sync-ca1")
 	id := filepath.Join(l.dir, "ca-ca1")
 	nodes, err := json.Marshal(l.database.Nodes)
 	if err != nil {
@@ -81,7 +82,8 @@ database: {nodes: %s, name: %s, user: %s, password_file: %s}
 hsm:
   group: main
   members:
-%s`, id, id, id, apiAddress, adminAddress, l.journal, nodes, l.database.Name, l.database.User, l.database.PasswordFile, members))
+%ssync: {identity: {cert: %[12]s/cert.pem, key: %[12]s/key.pem, trust: %[12]s/trust.pem}, user: %[9]s, password_file: %[10]q}
+`, id, id, id, apiAddress, adminAddress, l.journal, nodes, l.database.Name, l.database.User, l.database.PasswordFile, members, filepath.Join(l.dir, "sync-sync-ca1")))
 	return l
 }
 
@@ -91,7 +93,7 @@ func (l *lab) group(t *testing.T, store *db.Store, role identity.Role) *hsmsync.
 	for _, m := range l.members {
 		members = append(members, hsmsync.Member{Name: m.Name, Address: m.Addr})
 	}
-	g, err := hsmsync.New(hsmsync.Config{Group: "main", Members: members, Identity: l.Identity(role, "init"), Manifest: hsmsync.NewManifest(store), Log: discard})
+	g, err := hsmsync.New(hsmsync.Config{Group: "main", Members: members, Identity: l.Identity(role, "init"), Manifest: hsmsync.NewManifest(store), Epoch: 1, Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,10 +115,28 @@ func (l *lab) establish(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	store := dbtest.Open(t, l.database)
-	coordinator := l.group(t, store, identity.RoleSync)
-	insist(t, ctx, func() error { return coordinator.CreateDomain(ctx) })
-	key := func(label string, p hsm.Purpose) (record hsm.KeyRecord) {
-		insist(t, ctx, func() (err error) { record, err = coordinator.CreateKey(ctx, label, p, "P-256"); return err })
+	coordinator, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
+		Group: "main", Identity: l.Identity(identity.RoleSync, "init"), Chain: hsmsync.NewManifest(store), Log: discard,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer coordinator.Close()
+	var members []hsmsync.Member
+	for _, m := range l.members {
+		members = append(members, hsmsync.Member{Name: m.Name, Address: m.Addr})
+	}
+	if err := coordinator.Setup(ctx, members, hsmsync.Policy{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := coordinator.SetEpoch(ctx, hsm.EpochRecord{Site: "here", Epoch: 1}); err != nil {
+		t.Fatal(err)
+	}
+	key := func(label string, p hsm.Purpose) hsm.KeyRecord {
+		record, err := coordinator.CreateKey(ctx, hsm.KeySpec{Label: label, Purpose: p, Algorithm: hsm.P256})
+		if err != nil {
+			t.Fatal(err)
+		}
 		return record
 	}
 	spec := ca.EstablishSpec{Requester: "trivet://lab/ceremony/init"}
@@ -204,6 +224,20 @@ func TestNodeServesReportsAndDrains(t *testing.T) {
 	if _, offered := report.Capabilities["issue:root"]; offered {
 		t.Error("the node offers to issue from the root")
 	}
+
+	until("it shows the members of the HSM group", func() bool {
+		for _, c := range report.Checks {
+			if c.Name == "hsm" && c.OK && c.Detail == "hsmd-a active, hsmd-b active" {
+				return true
+			}
+		}
+		return false
+	})
+	store := dbtest.Open(t, l.database)
+	until("its key-sync job is at work", func() bool {
+		lease, err := hsmsync.NewManifest(store).Log(t.Context(), "main/lease", 1)
+		return err == nil && len(lease) > 0
+	})
 
 	body, err := json.Marshal(map[string]string{"profile": "tls-server", "ca": "demo", "csr": string(catest.CSR(t, "www.example.org"))})
 	if err != nil {
@@ -308,6 +342,10 @@ func TestConfigurationMistakesAreNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	mover, err := infra.IssueTo(filepath.Join(dir, "sync"), identity.Principal{Cluster: "lab", Role: identity.RoleSync, Name: "sync-ca1"}, nil, nil, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
 	good := fmt.Sprintf(`cluster: lab
 node: ca1
 identity: {cert: %s, key: %s, trust: %s}
@@ -319,7 +357,8 @@ database: {nodes: ["127.92.4.9:3306"], user: ca, password_file: %s}
 hsm:
   group: main
   members: [{name: hsmd-a, address: "127.92.4.8:7443"}]
-`, files.Cert, files.Key, files.Trust, dir, files.Key)
+sync: {identity: {cert: %s, key: %s, trust: %s}, user: sync, password_file: %s}
+`, files.Cert, files.Key, files.Trust, dir, files.Key, mover.Cert, mover.Key, mover.Trust, mover.Key)
 	path := filepath.Join(dir, "ca.yaml")
 	check := func(text string) error {
 		hsmtest.Write(t, path, text)
@@ -348,6 +387,11 @@ hsm:
 		{"127.92.4.8:7443", "here", "hsm.members[0].address"},
 		{"site: here", "site: here\nprofiles: " + dir + "/infra", "profile"},
 		{files.Trust, files.Key, "trust"},
+		{"user: sync, ", "", "sync.user"},
+		{"password_file: " + mover.Key, "password_file: " + dir + "/nonesuch", "sync.password_file"},
+		{"password_file: " + mover.Key, "every: 2h, password_file: " + mover.Key, "sync.every"},
+		{"cert: " + mover.Cert + ", key: " + mover.Key, "cert: " + files.Cert + ", key: " + files.Key, "role sync"},
+		{"cert: " + mover.Cert, "cert: ''", "sync.identity"},
 	} {
 		if err := check(strings.Replace(good, test.from, test.to, 1)); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s instead of %s: %v", test.to, test.from, err)

@@ -46,6 +46,7 @@ type node struct {
 	log *slog.Logger
 
 	id       *identity.Identity
+	sync     *keySync // nil: not here
 	profiles *ca.Profiles
 	journal  *journal.Journal
 	registry *prometheus.Registry
@@ -70,7 +71,8 @@ func (n *node) loadIdentity() error {
 		return fmt.Errorf("loading the identity: it is %s, the configuration says %s", id.Principal(), want)
 	}
 	n.id = id
-	return nil
+	n.sync, err = loadSync(n.cfg)
+	return err
 }
 
 func (n *node) loadProfiles() (err error) {
@@ -104,12 +106,6 @@ func (n *node) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.store.Close()) }()
-	n.group, err = hsmsync.New(hsmsync.Config{
-		Group: n.cfg.HSM.Group, Members: n.cfg.HSM.Members, Identity: n.id, Manifest: hsmsync.NewManifest(n.store), Log: n.log, Metrics: n.registry,
-	})
-	if err != nil {
-		return err
-	}
 	n.health = newHealthLoop(n)
 
 	// Listeners come early, so that a node that waits for the database says so; until it is ready they answer nothing but that.
@@ -123,7 +119,6 @@ func (n *node) run(ctx context.Context) (err error) {
 	defer stopWork(nil)
 	tasks, work := errgroup.WithContext(work)
 	tasks.Go(func() error { return n.store.Run(work) })
-	tasks.Go(func() error { return n.group.Run(work) })
 	tasks.Go(func() error { return n.id.Watch(work, identityEvery, n.log) })
 	tasks.Go(func() error { return n.reloads(work) })
 	tasks.Go(func() error { return n.health.run(work) })
@@ -176,8 +171,22 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 	if err := n.retry(ctx, "claiming the lanes", n.claim); err != nil {
 		return err
 	}
-	metrics := promhttp.HandlerFor(n.registry, promhttp.HandlerOpts{})
+	// The group after the epoch: every signature is asked for in its name, and members refuse another's.
 	var err error
+	n.group, err = hsmsync.New(hsmsync.Config{
+		Group: n.cfg.HSM.Group, Site: n.cfg.Site, Members: n.cfg.HSM.Members, Identity: n.id, Manifest: hsmsync.NewManifest(n.store), Epoch: n.epoch,
+		Log: n.log, Metrics: n.registry,
+	})
+	if err != nil {
+		return err
+	}
+	tasks.Go(func() error { return n.group.Run(work) })
+	if n.sync != nil {
+		if err := n.sync.start(work, n, tasks); err != nil {
+			return err
+		}
+	}
+	metrics := promhttp.HandlerFor(n.registry, promhttp.HandlerOpts{})
 	n.engine, err = ca.New(ca.Config{
 		Node: n.cfg.Node, Store: n.store, Journal: n.journal, Lane: n.lane, Keys: keys{n.group}, Profiles: n.profiles, Epoch: n.epoch,
 		BaseURL: n.cfg.BaseURL, Log: n.log, Metrics: n.registry,

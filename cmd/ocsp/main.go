@@ -112,7 +112,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	}
 	defer store.Close()
 	group, err := hsmsync.New(hsmsync.Config{
-		Group: cfg.HSM.Group, Members: cfg.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(store), Log: log, Metrics: metrics,
+		Group: cfg.HSM.Group, Site: cfg.Site, Members: cfg.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(store), Log: log, Metrics: metrics,
 	})
 	if err != nil {
 		return err

@@ -29,6 +29,7 @@ type app struct {
 	dir      string // of a demo, for client commands
 	config   string // client configuration
 	as       string // demo identity
+	force    bool   // do it although it leaves too little
 	began    bool   // a command's own code runs: its errors are no longer about usage
 }
 
@@ -76,7 +77,7 @@ Try it on one machine, without any preparation but installed packages:
   pkictl demo kill ca1            take something away, and try again
   pkictl demo down                leave nothing behind
 
-Client commands (cert, ca, health, hsm, fsck) find a running demo by themselves: in $TRIVET_DEMO_DIR, --dir or the default directory. For any
+Client commands (cert, ca, health, hsm, key, fsck) find a running demo by themselves: in $TRIVET_DEMO_DIR, --dir or the default directory. For any
 other installation name a client configuration with --config:
 
   api:    https://pki.example.org:8443      # issuing, through the balancer
@@ -102,7 +103,7 @@ well, 2 when the command line is wrong.`,
 	flags.StringVarP(&a.output, "output", "o", "text", "how to print data: text, or json for programs")
 	flags.StringVar(&a.dir, "dir", "", "directory of the demo (default $TRIVET_DEMO_DIR, or below /var/tmp)")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(a.demoCommand(), a.initCommand(), a.caCommand(), a.certCommand(), a.healthCommand(), a.fsckCommand(), a.hsmCommand(), a.manCommand())
+	root.AddCommand(a.demoCommand(), a.initCommand(), a.caCommand(), a.certCommand(), a.healthCommand(), a.fsckCommand(), a.hsmCommand(), a.keyCommand(), a.approveCommand(), a.manCommand())
 	return root
 }
 

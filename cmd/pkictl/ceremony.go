@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -146,26 +148,39 @@ func (c *ceremony) establish(ctx context.Context, background *errgroup.Group) er
 	if c.result.Epoch, err = ca.EnsureSite(ctx, c.store, c.cfg.Site); err != nil {
 		return err
 	}
-	specs, err := c.keys(ctx, background)
+	specs, err := c.keys(ctx)
 	if err != nil {
 		return err
 	}
 	return c.step("CAs", func() error { return c.authorities(ctx, background, specs) })
 }
 
-// keys has the group make the domain key, and for each CA its own key and its responder's. It acts with role sync, which can use none of them.
-func (c *ceremony) keys(ctx context.Context, background *errgroup.Group) ([]ca.GenerationSpec, error) {
+// keys sets the group up and has it make for each CA its own key and its responder's. It acts with role sync, which can use none of them.
+func (c *ceremony) keys(ctx context.Context) ([]ca.GenerationSpec, error) {
 	id, err := identity.Load(c.cfg.Sync)
 	if err != nil {
 		return nil, err
 	}
-	group, err := c.group(id)
+	group, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
+		Group: c.cfg.Base.HSM.Group, Identity: id, Chain: hsmsync.NewManifest(c.store), Log: c.log,
+	})
 	if err != nil {
 		return nil, err
 	}
-	background.Go(func() error { return group.Run(ctx) })
-	if err := c.step("domain key", func() error { return group.CreateDomain(ctx) }); err != nil {
+	defer group.Close()
+	members := slices.Clone(c.cfg.Base.HSM.Members)
+	for i, m := range members {
+		members[i].Site = cmp.Or(m.Site, c.cfg.Site)
+	}
+	if err := c.step("HSM group", func() error { return group.Setup(ctx, members, hsmsync.Policy{}) }); err != nil {
 		return nil, err
+	}
+	// Only the first record comes from the ceremony; later ones are approved.
+	if c.result.Epoch == 1 {
+		first := hsm.EpochRecord{Site: c.cfg.Site, Epoch: c.result.Epoch}
+		if err := c.step("site epoch", func() error { return group.SetEpoch(ctx, first) }); err != nil {
+			return nil, err
+		}
 	}
 	var specs []ca.GenerationSpec
 	for i, a := range append([]authority{c.cfg.Root}, c.cfg.Issuing...) {
@@ -179,7 +194,7 @@ func (c *ceremony) keys(ctx context.Context, background *errgroup.Group) ([]ca.G
 		for _, purpose := range []hsm.Purpose{hsm.PurposeCA, hsm.PurposeOCSP} {
 			var record hsm.KeyRecord
 			err := c.step(fmt.Sprintf("key %s for %s", spec.Issuer(), purpose), func() (err error) {
-				record, err = group.CreateKey(ctx, spec.Issuer(), purpose, hsm.P256)
+				record, err = group.CreateKey(ctx, hsm.KeySpec{Label: spec.Issuer(), Purpose: purpose, Algorithm: hsm.P256})
 				return err
 			})
 			if err != nil {
@@ -199,7 +214,8 @@ func (c *ceremony) keys(ctx context.Context, background *errgroup.Group) ([]ca.G
 
 func (c *ceremony) group(id *identity.Identity) (*hsmsync.Group, error) {
 	return hsmsync.New(hsmsync.Config{
-		Group: c.cfg.Base.HSM.Group, Members: c.cfg.Base.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(c.store), Log: c.log,
+		Group: c.cfg.Base.HSM.Group, Site: c.cfg.Site, Members: c.cfg.Base.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(c.store),
+		Epoch: c.result.Epoch, Log: c.log,
 	})
 }
 

@@ -24,12 +24,13 @@ func (a *app) demoCommand() *cobra.Command {
 responders and a balancer, as plain processes on loopback addresses, with everything they write in one directory. No container engine is
 needed, and root is not either.
 
-A part that dies by itself is restarted after a second. A part ended by kill or stopped by freeze stays so until start or thaw.`,
+A part that dies by itself is restarted after a second. A part ended by kill or stopped by freeze stays so until start or thaw. Further HSM
+agents come and go with add and remove, and wipe makes an HSM new.`,
 		a.demoUp(), a.demoTry(), a.demoStatus(),
 		a.demoVerb("kill", "End a part with SIGKILL; it stays away until start", (*cluster.Cluster).Kill),
 		a.demoVerb("freeze", "Stop a part with SIGSTOP: its connections stay open and nothing answers", (*cluster.Cluster).Freeze),
 		a.demoVerb("thaw", "Let a frozen part go on", (*cluster.Cluster).Thaw),
-		a.demoStart(), a.demoLogs(), a.demoDown(), a.demoSupervise())
+		a.demoStart(), a.demoAdd(), a.demoRemove(), a.demoWipe(), a.demoLogs(), a.demoDown(), a.demoSupervise())
 }
 
 func (a *app) demoUp() *cobra.Command {
@@ -365,8 +366,12 @@ func (a *app) demoSupervise() *cobra.Command {
 
 // partNames completes the names of parts.
 func partNames(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	l, err := cluster.NewLayout("", "")
+	if cl, cerr := cluster.Open(""); cerr == nil {
+		l, err = cl.Layout(), nil
+	}
 	var names []string
-	if l, err := cluster.NewLayout("", ""); err == nil {
+	if err == nil {
 		for _, p := range l.Parts() {
 			names = append(names, p.Name)
 		}

@@ -1,117 +1,268 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"trivet/db"
+	"trivet/hsm"
+	"trivet/hsm/agent"
 	"trivet/hsmsync"
-	"trivet/identity"
 )
 
 func (a *app) hsmCommand() *cobra.Command {
-	var config string
-	var wait time.Duration
-	status := &cobra.Command{
-		Use:   "status",
-		Short: "Show the HSM group: members, and which keys each has just proved to hold",
-		Long: `Show the HSM group: members, and which keys each has just proved to hold. Every member is asked to sign a fresh challenge with every live
-key; nothing else is done to it. The exit code is 1 unless every member is active.
-
-Without --config the running demo is asked. The configuration holds cluster, node, identity (role sync), database and hsm, as that of
-"pkictl init" does.`,
-		Args: cobra.NoArgs,
-		RunE: do(a, func(ctx context.Context, _ []string) (hsmsync.Status, error) {
-			if config == "" {
-				demo, err := a.demo()
-				if err != nil {
-					return hsmsync.Status{}, err
-				}
-				config = demo.Layout().Config("sync")
-			}
-			var cfg siteConfig
-			if err := readYAML(config, &cfg); err != nil {
-				return hsmsync.Status{}, err
-			}
-			if err := cfg.check(); err != nil {
-				return hsmsync.Status{}, fmt.Errorf("checking the configuration %s: %w", config, err)
-			}
-			return groupStatus(ctx, &cfg, wait)
-		}, func(w io.Writer, st hsmsync.Status) {
-			for _, g := range st.Groups {
-				fmt.Fprintf(w, "group %s, epoch %d\n\nMEMBER\tSTATE\tKEYS\tTOKEN\tCAUSE\n", g.Name, g.Epoch)
-				for _, m := range g.Members {
-					var keys []string
-					for _, k := range m.Keys {
-						keys = append(keys, fmt.Sprintf("%s:%s %s", k.Purpose, k.Label, k.State))
-					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", m.Name, m.State, strings.Join(keys, ", "), m.TokenSerial, m.Cause)
-				}
-			}
-		}),
-	}
-	status.Flags().StringVar(&config, "config", "", "configuration; without it the running demo is asked")
-	status.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for members that have not answered yet")
-	return group("hsm", "Look at HSM groups", "Look at HSM groups.", status)
+	c := group("hsm", "HSM groups: members, their state, enrolment, backup",
+		`HSM groups: several HSMs with the same keys, used as one. Members come and go while signing goes on; every copy of every key has to be proved by
+a signature before it is used; what the group has is decided by its log in the database.`,
+		a.hsmStatus(), a.hsmVerify(), a.hsmEnroll(), a.hsmReplace(), a.hsmBackup(), a.hsmRestore(), a.hsmRotate(), a.hsmPolicy(), a.hsmActivate())
+	c.AddCommand(a.hsmMemberVerbs()...)
+	return a.groupFlags(c)
 }
 
-// groupStatus follows the group until every member has either proved its keys or failed, or for as long as wait.
-func groupStatus(ctx context.Context, cfg *siteConfig, wait time.Duration) (hsmsync.Status, error) {
-	log := slog.New(slog.DiscardHandler) // what is not well is in the status
-	id, err := identity.Load(cfg.Identity)
-	if err != nil {
-		return hsmsync.Status{}, err
+func (a *app) hsmStatus() *cobra.Command {
+	var wait time.Duration
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show the group: members, and which keys each has just proved to hold",
+		Long: `Show the group: members, and which keys each has just proved to hold. Every member is asked to sign a fresh challenge with every live key;
+nothing else is done to it.
+
+  joining       not asked yet, or its enrolment has not been finished: no work
+  syncing       well, and has not proved every key: work for the keys it proved
+  active        well, every key proved
+  standby       the same; signs only while no active member can
+  suspect       did not answer in time, or erred: work only when nobody else is left
+  failed        does not answer
+  recovering    answers again, and is tried
+  drained       gets no work by an operator's wish, until "pkictl hsm recover"
+  quarantined   signed something wrong, or is not the token that was enrolled: no work until "pkictl hsm recover", or replace
+
+The exit code is 1 unless every member is active or standby.` + groupHelp,
+		Args: cobra.NoArgs,
+		RunE: do(a, func(ctx context.Context, _ []string) (groupsView, error) {
+			s, err := a.openGroup()
+			if err != nil {
+				return groupsView{}, err
+			}
+			defer s.close()
+			return s.status(ctx, wait)
+		}, printStatus),
 	}
-	store, err := db.Open(cfg.database(id, log))
-	if err != nil {
-		return hsmsync.Status{}, err
+	c.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for members that have not answered yet")
+	return c
+}
+
+// printStatus shows the members, and then a row for each key with a column for each member.
+func printStatus(w io.Writer, st groupsView) {
+	now := time.Now()
+	for _, g := range st.Groups {
+		fmt.Fprintf(w, "group %s, epoch %d\n\nMEMBER\tSTATE\tSITE\tIN FLIGHT\tPROVED\tLAG\tTOKEN\tADDRESS\tCAUSE\n", g.Name, g.Epoch)
+		for _, m := range g.Members {
+			proved := 0
+			for _, k := range m.Keys {
+				if k.ProvedAt != nil {
+					proved++
+				}
+			}
+			state := m.State
+			if m.Standby && state != "standby" {
+				state += " (standby)"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d of %d\t%.0f s\t%s\t%s\t%s\n", m.Name, state, dash(m.Site), m.InFlight, proved, len(m.Keys), m.LagS, dash(m.TokenSerial), m.Address, m.Cause)
+		}
+		fmt.Fprint(w, "\nKEY\tPURPOSE\tLABEL")
+		for _, m := range g.Members {
+			fmt.Fprint(w, "\t"+strings.ToUpper(m.Name))
+		}
+		fmt.Fprintln(w)
+		for i, k := range keysOf(g) {
+			fmt.Fprintf(w, "%s\t%s\t%s", k.ID, k.Purpose, k.Label)
+			for _, m := range g.Members {
+				fmt.Fprint(w, "\t"+proof(m, i, now))
+			}
+			fmt.Fprintln(w)
+		}
+		for _, m := range g.Members {
+			for _, d := range m.Drift {
+				fmt.Fprintf(w, "\ndrift on %s: %s", m.Name, d)
+			}
+		}
+		fmt.Fprintln(w)
 	}
-	defer store.Close()
-	g, err := hsmsync.New(hsmsync.Config{Group: cfg.HSM.Group, Members: cfg.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(store), Log: log})
+}
+
+// keysOf lists the group's live keys: every member has a row for each, in the same order.
+func keysOf(g groupView) []hsmsync.KeyStatus {
+	if len(g.Members) == 0 {
+		return nil
+	}
+	return g.Members[0].Keys
+}
+
+// proof is what a member has to show for the i-th key.
+func proof(m memberView, i int, now time.Time) string {
+	if i >= len(m.Keys) {
+		return "-"
+	}
+	switch k := m.Keys[i]; {
+	case k.ProvedAt != nil:
+		return "proved " + now.Sub(*k.ProvedAt).Round(100*time.Millisecond).String() + " ago"
+	case k.State == "unverified":
+		return "not proved"
+	default:
+		return k.State
+	}
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// groupsView is what `hsm status` prints: the group as it proves itself to this process, and how each member's keys compare with the log.
+type groupsView struct {
+	Groups []groupView `json:"groups"`
+}
+
+type groupView struct {
+	hsmsync.GroupStatus
+	Members []memberView `json:"members"`
+}
+
+type memberView struct {
+	hsmsync.MemberStatus
+	// LagS is for how many seconds the member has lacked a key that the group has; 0 when it lacks none, or cannot be asked.
+	LagS float64 `json:"lag_s"`
+	// Drift is what the member holds otherwise than the log says.
+	Drift []string `json:"drift"`
+}
+
+// status follows the group until every member has either proved its keys or failed, or for as long as wait.
+func (s *groupSite) status(ctx context.Context, wait time.Duration) (groupsView, error) {
+	g, err := hsmsync.New(hsmsync.Config{
+		Group: s.cfg.HSM.Group, Members: s.cfg.HSM.Members, Identity: s.id, Manifest: hsmsync.NewManifest(s.store),
+		Log: slog.New(slog.DiscardHandler), // what is not well is in the status
+	})
 	if err != nil {
-		return hsmsync.Status{}, err
+		return groupsView{}, err
 	}
 	ctx, stop := context.WithCancel(ctx)
-	run, ctx := errgroup.WithContext(ctx)
-	run.Go(func() error { return store.Run(ctx) })
-	run.Go(func() error { return g.Run(ctx) })
-	for end := time.Now().Add(wait); !settled(g.Status()) && time.Now().Before(end) && ctx.Err() == nil; {
+	defer stop()
+	run, following := errgroup.WithContext(ctx)
+	run.Go(func() error { return s.store.Run(following) })
+	run.Go(func() error { return g.Run(following) })
+	for end := time.Now().Add(wait); !settled(g.Status()) && time.Now().Before(end) && following.Err() == nil; {
 		time.Sleep(20 * time.Millisecond)
 	}
 	st := g.Status()
+	view := s.compare(following, st)
 	stop()
 	if err := run.Wait(); err != nil && !errors.Is(err, context.Canceled) {
-		return hsmsync.Status{}, err
+		return groupsView{}, err
 	}
-	for _, g := range st.Groups {
+	for _, g := range view.Groups {
+		if g.Epoch == 0 {
+			return view, fmt.Errorf("the log of group %s could not be read within %s: `pkictl health` says how the database is", g.Name, wait)
+		}
 		for _, m := range g.Members {
-			if m.State != "active" {
-				return st, errQuiet
+			if m.State != "active" && m.State != "standby" {
+				return view, errQuiet
 			}
 		}
 	}
-	return st, nil
+	return view, nil
 }
 
 // settled tells whether waiting would show nothing new.
 func settled(st hsmsync.Status) bool {
 	for _, g := range st.Groups {
 		if g.Epoch == 0 {
-			return false // the manifest has not been read
+			return false // the log has not been read
 		}
 		for _, m := range g.Members {
-			if m.State == "joining" || m.State == "syncing" || m.State == "suspect" {
+			if slices.Contains([]string{"joining", "syncing", "suspect", "recovering"}, m.State) {
 				return false
 			}
 		}
 	}
 	return true
+}
+
+// compare asks every member that answers what it holds.
+func (s *groupSite) compare(ctx context.Context, st hsmsync.Status) groupsView {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	log, err := s.state(ctx)
+	view := groupsView{Groups: []groupView{}}
+	for _, g := range st.Groups {
+		gv := groupView{GroupStatus: g, Members: make([]memberView, len(g.Members))}
+		var asking sync.WaitGroup
+		for i, m := range g.Members {
+			gv.Members[i] = memberView{MemberStatus: m, Drift: []string{}}
+			if err == nil && m.Incarnation != "" && m.State != "failed" {
+				asking.Go(func() { s.drift(ctx, log, &gv.Members[i]) })
+			}
+		}
+		asking.Wait()
+		view.Groups = append(view.Groups, gv)
+	}
+	return view
+}
+
+// drift compares one member with the log: by the digest over its keys, and only where that differs key by key.
+func (s *groupSite) drift(ctx context.Context, log *hsmsync.State, m *memberView) {
+	client := agent.NewClient(m.Name, m.Address, s.id)
+	defer client.Close()
+	info, err := client.Health(ctx)
+	if err != nil {
+		return // its state says so
+	}
+	wanted := map[hsm.KeyID]hsmsync.ManifestKey{}
+	var records []hsm.KeyRecord
+	for _, k := range log.In(hsmsync.StateLive, hsmsync.StateRetired) {
+		wanted[k.ID] = k
+		records = append(records, k.KeyRecord)
+	}
+	if info.Foreign == 0 && info.Faulty == 0 && info.Digest == hsm.InventoryDigest(records) {
+		return
+	}
+	held, err := client.Inventory(ctx)
+	if err != nil {
+		m.Drift = append(m.Drift, "its keys are not those of the log, and it does not list them: "+err.Error())
+		return
+	}
+	for _, k := range held {
+		want, known := wanted[k.ID]
+		switch {
+		case k.Purpose == hsm.PurposeProbe:
+		case k.Foreign:
+			m.Drift = append(m.Drift, fmt.Sprintf("foreign object %q", k.Label))
+		case k.Fault != "":
+			m.Drift = append(m.Drift, fmt.Sprintf("key %s (%s) is broken: %s", k.ID, k.Label, k.Fault))
+		case !known:
+			m.Drift = append(m.Drift, fmt.Sprintf("key %s (%s) is neither live nor retired", k.ID, k.Label))
+		case !bytes.Equal(want.SPKI, k.SPKI) || want.Attributes != k.Attributes:
+			m.Drift = append(m.Drift, fmt.Sprintf("key %s (%s) is another one than the group's", k.ID, k.Label))
+		}
+		delete(wanted, k.ID)
+	}
+	for _, k := range log.In(hsmsync.StateLive, hsmsync.StateRetired) {
+		if _, missing := wanted[k.ID]; missing {
+			m.Drift = append(m.Drift, fmt.Sprintf("key %s (%s) is missing", k.ID, k.Label))
+			m.LagS = max(m.LagS, math.Round(time.Since(k.Since).Seconds()))
+		}
+	}
 }
