@@ -25,8 +25,8 @@ const (
 	loadTime  = 8 * time.Second
 )
 
-// kill is one row of the table: what clients saw while one process was killed.
-type kill struct {
+// chaosRow is one row of the table: what clients saw while one process was killed, frozen or hung.
+type chaosRow struct {
 	Fault      string   `json:"fault"`
 	Form       string   `json:"form"`
 	Requests   int      `json:"requests"`
@@ -37,17 +37,54 @@ type kill struct {
 	DetectMS   *float64 `json:"detect_ms"` // null: not measured
 	RecoverMS  *float64 `json:"recover_ms"`
 	Fsck       bool     `json:"fsck"`
+	GoalMS     float64  `json:"goal_ms"` // for worst_ms; 0: none
+}
+
+// fault is what is done to one process under load.
+type fault struct {
+	name, form string
+	process    string
+	goal       time.Duration // for the slowest request
+	// strike does it. mend, if not nil, is called when it has lasted for long enough.
+	strike func() (mend func())
+	// over says when the process is itself again.
+	over func() error
 }
 
 var table struct {
 	sync.Mutex
-	rows []kill
+	rows []chaosRow
 }
 
-// killUnderLoad issues and asks for status at a steady rate, kills one process meanwhile, and demands that nobody noticed:
-// no request failed, none was answered with two certificates, every answer was true; afterwards all is well again and fsck agrees.
-func killUnderLoad(t *testing.T, fault, name string) {
+// killUnderLoad is underLoad with kill -9; the supervisor starts the process again.
+func killUnderLoad(t *testing.T, name, process string) {
 	s := up(t)
+	pid := 0
+	s.underLoad(t, fault{
+		name: name, form: "kill -9", process: process, goal: goals[name],
+		strike: func() func() { pid = s.kill(t, process); return nil },
+		over: func() error {
+			if p := s.process(t, process); p.State != cluster.Running || p.PID == pid {
+				return fmt.Errorf("%s is %s with pid %d", process, p.State, p.PID)
+			}
+			return nil
+		},
+	})
+}
+
+// goals are how long the slowest request may take.
+var goals = map[string]time.Duration{
+	"ca_kill": 300 * time.Millisecond, "ocsp_kill": 300 * time.Millisecond, "db_kill": 1500 * time.Millisecond,
+	"hsmd_kill": 300 * time.Millisecond, "hsmd_freeze": time.Second, "hsm_hang": time.Second,
+}
+
+// lasting is how long a fault lasts that does not end by itself.
+const lasting = 3 * time.Second
+
+// underLoad issues and asks for status at a steady rate, has one process struck meanwhile, and demands that nobody noticed: no request
+// failed, none was answered with two certificates, every answer was true; afterwards all is well again and fsck agrees.
+func (s *site) underLoad(t *testing.T, f fault) {
+	t.Helper()
 	recorder := &load.Recorder{}
 	issuer := s.issuer(t, recorder)
 	ca, _ := s.authority(t)
@@ -109,27 +146,26 @@ func killUnderLoad(t *testing.T, fault, name string) {
 		}
 		return nil
 	})
-	killed := time.Now()
-	pid := s.kill(t, name)
-	eventually(t, 60*time.Second, func() error {
-		if p := s.process(t, name); p.State != cluster.Running || p.PID == pid {
-			return fmt.Errorf("%s is %s with pid %d", name, p.State, p.PID)
-		}
-		return nil
-	})
+	struck := time.Now()
+	if mend := f.strike(); mend != nil {
+		time.Sleep(lasting) // the fault itself, not a wait for anything
+		mend()
+		struck = time.Now()
+	}
+	eventually(t, 60*time.Second, f.over)
 	s.allWell(t)
-	recovered := float64(time.Since(killed).Milliseconds())
+	recovered := float64(time.Since(struck).Milliseconds())
 	loads.Wait()
 
-	row := kill{
-		Fault: fault, Form: "kill -9", Requests: issued.Requests + asked.Requests, Failed: issued.Failed + asked.Failed,
+	row := chaosRow{
+		Fault: f.name, Form: f.form, GoalMS: float64(f.goal.Milliseconds()), Requests: issued.Requests + asked.Requests, Failed: issued.Failed + asked.Failed,
 		Duplicates: len(recorder.Duplicates()) + s.namesTwice(t, recorder), FalseGood: falseGood,
 		WorstMS: float64(max(issued.Worst, asked.Worst).Milliseconds()), RecoverMS: &recovered,
 	}
 	t.Logf("issuing: %v", issued)
 	t.Logf("OCSP: %v", asked)
 	if row.Failed > 0 || row.Duplicates > 0 || row.FalseGood > 0 {
-		t.Errorf("kill -9 %s: %d of %d requests failed, %d duplicates, %d false good", name, row.Failed, row.Requests, row.Duplicates, row.FalseGood)
+		t.Errorf("%s %s: %d of %d requests failed, %d duplicates, %d false good", f.form, f.process, row.Failed, row.Requests, row.Duplicates, row.FalseGood)
 	}
 	if want := int(issueRate * loadTime.Seconds()); recorder.Len()-before < want*9/10 && issued.Failed == 0 {
 		t.Errorf("only %d certificates were acknowledged; the load was to ask for %d", recorder.Len()-before, want)
@@ -188,13 +224,13 @@ func writeChaos() bool {
 		fmt.Fprintln(os.Stderr, "no kill scenario ran")
 		return false
 	}
-	fmt.Printf("\n%-12s %-8s %9s %7s %11s %11s %9s %11s %5s\n", "fault", "form", "requests", "failed", "duplicates", "false good", "worst ms", "recover ms", "fsck")
+	fmt.Printf("\n%-12s %-8s %9s %7s %11s %11s %9s %8s %11s %5s\n", "fault", "form", "requests", "failed", "duplicates", "false good", "worst ms", "goal", "recover ms", "fsck")
 	for _, r := range table.rows {
 		verdict := "ok"
 		if !r.Fsck {
 			verdict = "BAD"
 		}
-		fmt.Printf("%-12s %-8s %9d %7d %11d %11d %9.0f %11.0f %5s\n", r.Fault, r.Form, r.Requests, r.Failed, r.Duplicates, r.FalseGood, r.WorstMS, *r.RecoverMS, verdict)
+		fmt.Printf("%-12s %-8s %9d %7d %11d %11d %9.0f %8.0f %11.0f %5s\n", r.Fault, r.Form, r.Requests, r.Failed, r.Duplicates, r.FalseGood, r.WorstMS, r.GoalMS, *r.RecoverMS, verdict)
 	}
 	out, err := json.MarshalIndent(table.rows, "", "  ")
 	if err == nil {
