@@ -31,9 +31,17 @@ func hsmGroups(ctx context.Context, _ *site) ([]Row, error) {
 		return nil, err
 	}
 	alone, all := one.metric("signatures/s"), three.metric("signatures/s")
+	enroll, err := goBench(ctx, "Enroll/^100_keys$", "1x")
+	if err != nil {
+		return nil, err
+	}
+	raw, took := enroll.metric("raw-s"), enroll.metric("enroll-s")
 	return append(rows, Row{
 		Name: "group_scaling", Value: all, Unit: "sign/s", Reference: "one member of 200 a second, instead of three", ReferenceValue: alone,
 		Ratio: all / alone, Goal: ">=2.9x", Met: all >= 2.9*alone,
+	}, Row{
+		Name: "enroll_100", Value: took, Unit: "s", Reference: "export and import of the same 100 keys, one by one", ReferenceValue: raw,
+		Ratio: took / raw, Goal: "<=2x", Met: took <= 2*raw,
 	}), nil
 }
 

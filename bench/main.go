@@ -51,7 +51,7 @@ func run(ctx context.Context) (err error) {
 		{[]string{"row_cost"}, rowCost},
 		{[]string{"ocsp_keepalive"}, ocspKeepalive},
 		{[]string{"lb_http"}, lbHTTP},
-		{[]string{"group_overhead", "group_scaling", "enroll_100", "reconcile_1000"}, hsmGroups},
+		{[]string{"group_overhead", "group_scaling", "enroll_100"}, hsmGroups},
 		{[]string{"ca_kill"}, caKill},
 		{[]string{"demo_start"}, demoStart},
 	}

@@ -35,8 +35,10 @@ type token struct {
 	odd       map[hsm.KeyID]string // attributes that differ
 }
 
-func (d *desk) token(name string) *token {
-	k := &token{software: newSoftware(name), id: named(d.t, identity.RoleHSMD, name), now: d.now, transport: make([]byte, 32), known: map[string]bool{}, faulty: map[hsm.KeyID]string{}, odd: map[hsm.KeyID]string{}}
+func (d *desk) token(name string) *token { return tokenOf(d.t, name, d.now) }
+
+func tokenOf(t testing.TB, name string, now func() time.Time) *token {
+	k := &token{software: newSoftware(name), id: named(t, identity.RoleHSMD, name), now: now, transport: make([]byte, 32), known: map[string]bool{}, faulty: map[hsm.KeyID]string{}, odd: map[hsm.KeyID]string{}}
 	_, _ = rand.Read(k.transport)
 	k.serial = hex.EncodeToString(k.transport[:4])
 	return k

@@ -322,3 +322,29 @@ func TestAMemberMovesToAnotherAddress(t *testing.T) {
 		}
 	})
 }
+
+func TestAMemberJoinsAGroupOfThousandsOfKeys(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		const n = 3300 // what a group of the largest kind holds
+		signer := newSoftKey(t)
+		for i := range n {
+			k := softKey{hsm.KeySpec{ID: hsm.NewKeyID(), Label: fmt.Sprint("key-", i), Purpose: hsm.PurposeCA, Algorithm: hsm.P256}, signer}
+			for _, m := range d.members {
+				m.keys[k.ID] = k
+			}
+			d.chain.live(t, d.members[0].record(k))
+		}
+		r := d.newcomer("d")
+		d.at["d"].with("import", once(n/2, failing(hsm.ClassDevice)))
+		failed(t, d.c.Enroll(t.Context(), r), "importing key")
+		had := len(d.at["d"].keys)
+		before := d.at["d"].count("import")
+		good(t, d.c.Enroll(t.Context(), r))
+		if again := d.at["d"].count("import") - before; len(d.at["d"].keys) != n || again != n-had {
+			t.Errorf("%d keys, %d of them brought by the second attempt, after %d", len(d.at["d"].keys), again, had)
+		}
+		if rep := d.reconcile(); !rep.OK || rep.Fewest != 4 {
+			t.Errorf("%+v", rep.Findings)
+		}
+	})
+}

@@ -143,7 +143,7 @@ func (a *app) changing(verb string, f *grantFlags, dryRun *bool, prepare func(ct
 		var grant []byte
 		if c.approval != nil {
 			if r.DryRun && (f.none() || f.requestOut != "") {
-				a.sayf("two people must approve it; what exactly it does shows a dry run with their approval")
+				a.sayf("two people must approve it; with --grant or --approve-as a dry run shows each step, and is refused where the act would be")
 				return r, nil
 			}
 			g, err := s.grant(f, *c.approval)

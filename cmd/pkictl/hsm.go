@@ -43,10 +43,10 @@ nothing else is done to it.
   active        well, every key proved
   standby       the same; signs only while no active member can
   suspect       did not answer in time, or erred: work only when nobody else is left
-  failed        does not answer
+  failed        does not answer, waits for its PIN, or is not the token that was enrolled
   recovering    answers again, and is tried
   drained       gets no work by an operator's wish, until "pkictl hsm recover"
-  quarantined   signed something wrong, or is not the token that was enrolled: no work until "pkictl hsm recover", or replace
+  quarantined   signed something wrong, or its token refuses the PIN: no work until "pkictl hsm recover", or replace
 
 The exit code is 1 unless every member is active or standby.` + groupHelp,
 		Args: cobra.NoArgs,
@@ -67,7 +67,7 @@ The exit code is 1 unless every member is active or standby.` + groupHelp,
 func printStatus(w io.Writer, st groupsView) {
 	now := time.Now()
 	for _, g := range st.Groups {
-		fmt.Fprintf(w, "group %s, epoch %d\n\nMEMBER\tSTATE\tSITE\tIN FLIGHT\tPROVED\tLAG\tTOKEN\tADDRESS\tCAUSE\n", g.Name, g.Epoch)
+		fmt.Fprintf(w, "group %s, log position %d\n\nMEMBER\tSTATE\tSITE\tIN FLIGHT\tPROVED\tLAG\tTOKEN\tADDRESS\tCAUSE\n", g.Name, g.Epoch)
 		for _, m := range g.Members {
 			proved := 0
 			for _, k := range m.Keys {

@@ -100,15 +100,13 @@ A backup that nobody has opened is no backup: "pkictl hsm restore --check" does 
 			made.Recipient = b.out + ".recipient"
 			steps = []string{fmt.Sprintf("make a recipient, %s, and %d share files in %s; any %d of them open it", made.Recipient, b.custodians, b.shares, b.threshold)}
 			if *dryRun {
-				if !f.none() {
-					to, _, err = custody.NewRecipient(b.custodians, b.threshold) // for the plan alone
-				}
+				to, _, err = custody.NewRecipient(b.custodians, b.threshold) // for the plan alone
 				break
 			}
 			if to, made.Shares, err = newRecipient(made.Recipient, b); err != nil {
 				return change{}, err
 			}
-			s.app.sayf("made %s (%s) and %s; whatever becomes of this command, they belong together", made.Recipient, to.Fingerprint(), plural(len(made.Shares), "share"))
+			s.app.sayf("made %s (%s) and %s, which belong together: name it with --recipient from now on, instead of --custodians", made.Recipient, to.Fingerprint(), plural(len(made.Shares), "share"))
 		}
 		if err != nil {
 			return change{}, usageError{err}

@@ -286,13 +286,20 @@ You act as yourself, admin or CA operator: --cert, --key and --trust, or --as in
 				}
 				address = m.Address
 			}
+			client := agent.NewClient(args[0], address, me)
+			defer client.Close()
+			asking, cancel := context.WithTimeout(ctx, 5*time.Second)
+			info, err := client.Health(asking)
+			cancel()
+			if err == nil && info.Locked == "" {
+				a.sayf("%s waits for no PIN, its token is open already: nothing was tried", args[0])
+				return changed{Verb: "activate", Group: s.cfg.HSM.Group, Object: args[0], Steps: []string{}, Done: true}, nil
+			}
 			pin, err := a.readPIN(args[0], pinFile)
 			if err != nil {
 				return changed{}, err
 			}
-			client := agent.NewClient(args[0], address, me)
-			defer client.Close()
-			ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+			ctx, cancel = context.WithTimeout(ctx, 30*time.Second)
 			defer cancel()
 			if err := client.Activate(ctx, pin); err != nil {
 				return changed{}, err

@@ -30,8 +30,8 @@ func (a *app) hsmEnroll() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "enroll NAME --address HOST:PORT",
 		Short: "Take a new HSM into the group, while everything goes on",
-		Long: `Take a new HSM into the group, while everything goes on. Its agent must run and its token be initialised and hold no key. It is given the
-group's domain key, wrapped for the transport key of exactly the token that was approved; then a copy of every key; it must prove each by a
+		Long: `Take a new HSM into the group, while everything goes on. Its agent must run and its token be initialised, and blank unless it was a member before.
+It is given the group's domain key, wrapped for the transport key of exactly the token that was approved; then a copy of every key; it must prove each by a
 signature; only then does it get work. The command may be repeated after any failure and goes on where it stopped; "pkictl hsm remove NAME"
 gives it up.
 
@@ -114,14 +114,19 @@ func (s *groupSite) enrolment(ctx context.Context, req hsmsync.EnrollRequest, do
 	if req.Standby {
 		into = "standby"
 	}
+	clones := []string{
+		fmt.Sprintf("give it domain key %s, wrapped for its transport key %s", st.Domain.Name, transport),
+		fmt.Sprintf("clone %s to it and have each proved by a signature", plural(len(st.In(hsmsync.StateLive, hsmsync.StateRetired)), "key")),
+		"make it " + into,
+	}
+	if req.Bare {
+		clones = []string{fmt.Sprintf("leave it without keys, its transport key being %s: `pkictl hsm restore` brings them", transport)}
+	}
 	c := change{
 		object: req.Name,
-		steps: []string{
+		steps: append([]string{
 			fmt.Sprintf("enter %s at %s into the log of group %s as joining, with token %s, serial %s", req.Name, req.Address, s.cfg.HSM.Group, info.TokenLabel, info.TokenSerial),
-			fmt.Sprintf("give it domain key %s, wrapped for its transport key %s", st.Domain.Name, transport),
-			fmt.Sprintf("clone %s to it and have each proved by a signature", plural(len(st.In(hsmsync.StateLive, hsmsync.StateRetired)), "key")),
-			"make it " + into,
-		},
+		}, clones...),
 		act: func(ctx context.Context, c *hsmsync.Coordinator, grant []byte) error {
 			req.Grant = grant
 			return do(c)(ctx, req)

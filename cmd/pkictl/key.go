@@ -238,7 +238,7 @@ func (s *groupSite) known(ctx context.Context, id hsm.KeyID) (keyInfo, error) {
 
 func (a *app) keyRetire() *cobra.Command {
 	c := &cobra.Command{
-		Use:   "retire KEY",
+		Use:   "retire KEY --why TEXT",
 		Short: "Have a key sign no more; its copies stay",
 		Long: `Have a key sign no more; its copies stay until it is destroyed. It does not come back: a retired key cannot be made live again. Make sure that no
 CA and no responder uses it any more; its last CRL must have been signed.` + keyArgHelp + groupHelp,
