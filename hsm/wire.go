@@ -48,7 +48,7 @@ type BackupRequest struct {
 }
 
 // AdoptRequest asks a member to take in a key from outside. Sealed is what Seal made of its PKCS#8 for the member's
-// transport key. Grant: action key-import, object {group}/{label}, detail spki = hex SHA-256 of SPKI.
+// transport key. Grant: action key-import, object {group}/{label}, detail spki = hex SHA-256 of SPKI, purpose and algorithm.
 type AdoptRequest struct {
 	Group  string  `json:"group"`
 	Spec   KeySpec `json:"spec"`

@@ -127,6 +127,8 @@ func makeToken(cfg *Config, stdout io.Writer, log *slog.Logger) error {
 		return err
 	}
 	fmt.Fprintf(stdout, "token %s (%s, serial %s) %s; it holds %d keys\n", cfg.Token, info.Model, info.TokenSerial, what, info.Keys)
+	// Whoever approves its enrolment compares this with what they are shown.
+	fmt.Fprintf(stdout, "transport key %s\n", info.Transport)
 	return nil
 }
 

@@ -50,8 +50,8 @@ func (a *app) hsmRotate() *cobra.Command {
 		Use:   "rotate",
 		Short: "Give the group a new domain key, with which keys are cloned from then on",
 		Long: `Give the group a new domain key, with which keys are cloned from then on: it is made on one member and brought to the others, and the old one is
-dropped when all have it. Keys stay as they are and signing goes on. Every member must answer. Do it when somebody who knew a share of a backup
-leaves, and then make a new backup: what the old one holds can still be read with the old shares.` + groupHelp,
+dropped when all have it. Keys stay as they are and signing goes on. Every member that is not drained must answer. Do it when somebody who knew
+a share of a backup leaves, and then make a new backup: what the old one holds can still be read with the old shares.` + groupHelp,
 		Args: cobra.NoArgs,
 	}
 	c.RunE = a.changing("rotate", nil, dryRunFlag(c), func(ctx context.Context, s *groupSite, _ []string) (change, error) {

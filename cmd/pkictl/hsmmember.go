@@ -31,8 +31,8 @@ func (a *app) hsmEnroll() *cobra.Command {
 		Use:   "enroll NAME --address HOST:PORT",
 		Short: "Take a new HSM into the group, while everything goes on",
 		Long: `Take a new HSM into the group, while everything goes on. Its agent must run and its token be initialised, and blank unless it was a member before.
-It is given the group's domain key, wrapped for the transport key of exactly the token that was approved; then a copy of every key; it must prove each by a
-signature; only then does it get work. The command may be repeated after any failure and goes on where it stopped; "pkictl hsm remove NAME"
+It is given the group's domain key, wrapped for the transport key of exactly the token that was approved; then a copy of every key; it must prove
+each by a signature; only then does it get work. The command may be repeated after any failure and goes on where it stopped; "pkictl hsm remove NAME"
 gives it up.
 
 --dry-run shows the token that answers under the address, with the fingerprint of its transport key. Compare it with what the one who set

@@ -152,7 +152,7 @@ func backingUp(r hsm.BackupRequest) deed {
 func adopting(r hsm.AdoptRequest) deed {
 	return deed{op: "adopt", actions: []string{"key-import"}, object: r.Group + "/" + r.Spec.Label, facts: map[string]string{
 		"spki": fingerprint(r.SPKI), "purpose": string(r.Spec.Purpose), "algorithm": string(r.Spec.Algorithm), "key": string(r.Spec.ID),
-	}, must: []string{"spki"}}
+	}, must: []string{"spki", "purpose", "algorithm"}}
 }
 
 func enrolling(group, member, transport string) deed {

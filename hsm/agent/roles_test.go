@@ -130,7 +130,7 @@ func adoption(t *testing.T, w *world, label string) hsm.AdoptRequest {
 	}
 	spec := hsmtest.Spec(label, hsm.PurposeOCSP)
 	return hsm.AdoptRequest{Group: "demo", Spec: spec, SPKI: spki, Sealed: box,
-		Grant: w.grant(t, "key-import", "demo/"+label, map[string]string{"spki": sha(spki), "purpose": "ocsp"})}
+		Grant: w.grant(t, "key-import", "demo/"+label, map[string]string{"spki": sha(spki), "purpose": "ocsp", "algorithm": "P-256"})}
 }
 
 // A caller that holds a stale proof is told so, and nothing else happens.

@@ -338,7 +338,9 @@ func (s suite) adopt(t *testing.T, a hsm.Algorithm) {
 	other, second := Outside(t, a, to)
 	ask := func(spec hsm.KeySpec, spki, sealed []byte) (hsm.KeyRecord, error) {
 		return s.Token.Adopt(s.ctx, hsm.AdoptRequest{Group: group, Spec: spec, SPKI: spki, Sealed: sealed,
-			Grant: s.Grant(t, "key-import", group+"/"+spec.Label, map[string]string{"spki": Fingerprint(spki)})})
+			Grant: s.Grant(t, "key-import", group+"/"+spec.Label, map[string]string{
+				"spki": Fingerprint(spki), "purpose": string(spec.Purpose), "algorithm": string(spec.Algorithm),
+			})})
 	}
 	flipped := bytes.Clone(sealed)
 	flipped[len(flipped)-1] ^= 1
