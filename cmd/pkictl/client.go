@@ -224,7 +224,21 @@ func (a *app) readFile(name string) ([]byte, error) {
 	if name == "-" {
 		return io.ReadAll(io.LimitReader(a.in, 1<<20))
 	}
-	return os.ReadFile(name)
+	return readBounded(name, 1<<20)
+}
+
+// readBounded reads a file of at most limit octets: a wrong name, such as that of a device, must not take the machine's memory.
+func readBounded(name string, limit int64) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(text)) > limit {
+		err = fmt.Errorf("%s has more than %d octets: it is another file", name, limit)
+	}
+	return text, err
 }
 
 // writeFile writes a result, all of it or nothing.

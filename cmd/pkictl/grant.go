@@ -123,7 +123,7 @@ func writeRequest(file string, g identity.Grant) error {
 // readGrants puts together what several people approved, each in a copy of one request.
 func readGrants(files []string) (all identity.Grant, err error) {
 	for i, file := range files {
-		text, err := os.ReadFile(file)
+		text, err := readBounded(file, identity.MaxGrant)
 		if err != nil {
 			return all, fmt.Errorf("reading the approvals: %w", err)
 		}

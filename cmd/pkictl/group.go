@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -85,9 +86,19 @@ func (s *groupSite) close() {
 	_ = s.store.Close()
 }
 
+// stateTimeout is how long a command waits for the group's log before it says that the database does not answer. A database
+// node that dies costs some seconds, so it is not less.
+const stateTimeout = 15 * time.Second
+
 // state is the group as its log has it now.
 func (s *groupSite) state(ctx context.Context) (*hsmsync.State, error) {
-	return s.coordinator.State(ctx)
+	bounded, cancel := context.WithTimeout(ctx, stateTimeout)
+	defer cancel()
+	st, err := s.coordinator.State(bounded)
+	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("the log of group %s could not be read within %s: `pkictl health` says how the database is", s.cfg.HSM.Group, stateTimeout)
+	}
+	return st, err
 }
 
 // member is a member of the group; an unknown name is an error that lists those there are.
@@ -135,6 +146,9 @@ func (a *app) changing(verb string, f *grantFlags, dryRun *bool, prepare func(ct
 			return changed{}, err
 		}
 		defer s.close()
+		if _, err := s.state(ctx); err != nil { // nothing is begun while the database is gone
+			return changed{}, err
+		}
 		c, err := prepare(ctx, s, args)
 		if err != nil {
 			return changed{}, err

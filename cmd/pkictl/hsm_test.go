@@ -270,6 +270,18 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 			t.Errorf("%v", got)
 		}
 		l.run(exitFailed, "key", "import", "old-ca", "--purpose", "ca", "--key", l.config, "--grant", request) // that is no key
+		for _, other := range [][]string{{"old-ca", "--purpose", "audit"}, {"another", "--purpose", "ca"}} {
+			args := append([]string{"key", "import", "--key", file, "--dry-run"}, other...)
+			if r := l.run(exitFailed, args...); !strings.Contains(r.err, "ca:old-ca, live") {
+				t.Errorf("the same key as %v: %s", other, r.err)
+			}
+		}
+		if r := l.run(exitFailed, "key", "import", "x", "--purpose", "ca", "--key", "/dev/zero", "--dry-run"); !strings.Contains(r.err, "octets") {
+			t.Errorf("a file without end: %s", r.err)
+		}
+		if r := l.run(exitFailed, append(args, "--grant", "/dev/zero")...); !strings.Contains(r.err, "octets") {
+			t.Errorf("approvals without end: %s", r.err)
+		}
 	})
 
 	t.Run("a backup is opened by its custodians and by nobody else", func(t *testing.T) {
@@ -280,6 +292,19 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 		made := l.object(exitOK, "hsm", "backup", "--recipient", bundle+".recipient", "--out", bundle, "--grant", request)["result"].(map[string]any)
 		if made["keys"] != 2.0 || made["threshold"] != 2.0 {
 			t.Errorf("%v", made)
+		}
+		for _, bad := range [][]string{
+			{"--custodians", "-1", "--threshold", "2", "--shares", shares, "--out", dir + "/no"},
+			{"--custodians", "3", "--threshold", "4", "--shares", shares, "--out", dir + "/no"},
+			{"--custodians", "3", "--threshold", "2", "--shares", "", "--out", dir + "/no"},
+			{"--custodians", "3", "--threshold", "2", "--shares", shares, "--out", ""},
+		} {
+			l.run(exitUsage, append([]string{"hsm", "backup", "--dry-run"}, bad...)...)
+		}
+		orphans := filepath.Join(dir, "orphans")
+		l.run(exitFailed, "hsm", "backup", "--custodians", "3", "--threshold", "2", "--shares", orphans, "--out", dir+"/no/b", "--request-out", dir+"/no.json")
+		if left, err := filepath.Glob(orphans + "/*"); err != nil || len(left) > 0 {
+			t.Errorf("shares of a recipient that could not be written: %v, %v", left, err)
 		}
 		files, err := filepath.Glob(shares + "/*.share")
 		if err != nil || len(files) != 3 {

@@ -77,6 +77,17 @@ A backup that nobody has opened is no backup: "pkictl hsm restore --check" does 
 		if err != nil {
 			return change{}, err
 		}
+		if b.out == "" {
+			return change{}, usagef("--out is empty: name the backup's file")
+		}
+		if b.recipient == "" { // also in a dry run
+			if b.shares == "" {
+				return change{}, usagef("--shares is empty: name the directory of the shares")
+			}
+			if _, err := custody.Split(make([]byte, 32), b.custodians, b.threshold); err != nil {
+				return change{}, usageError{err}
+			}
+		}
 		switch {
 		case *dryRun:
 		case f.none():
@@ -156,6 +167,9 @@ func newRecipient(file string, b backupFlags) (custody.Recipient, []string, erro
 		}
 		files = append(files, name)
 	}
+	if err := absent(file); err != nil {
+		return fail(err)
+	}
 	for i, share := range shares {
 		text := fmt.Sprintf("# %s, for the backup %s. Whoever has %d of them and the backup has every key.\n%s\n", share, filepath.Base(b.out), share.Threshold(), share.Text())
 		if err := writeNew(files[i], []byte(text)); err != nil {
@@ -166,11 +180,17 @@ func newRecipient(file string, b backupFlags) (custody.Recipient, []string, erro
 	if err != nil {
 		return fail(err)
 	}
-	return to, files, writeNew(file, append(text, '\n'))
+	if err := writeNew(file, append(text, '\n')); err != nil {
+		for _, name := range files { // they open nothing
+			err = errors.Join(err, os.Remove(name))
+		}
+		return fail(err)
+	}
+	return to, files, nil
 }
 
 func readRecipient(file string) (custody.Recipient, error) {
-	text, err := os.ReadFile(file)
+	text, err := readBounded(file, 1<<20)
 	if err != nil {
 		return custody.Recipient{}, fmt.Errorf("reading the recipient: %w", err)
 	}
@@ -291,7 +311,7 @@ database: do that after each backup, and yearly.` + groupHelp,
 
 // unlock opens a backup with its custodians' shares.
 func (a *app) unlock(file string, shareFiles []string) (bundle custody.Bundle, open *custody.Unlocked, err error) {
-	text, err := os.ReadFile(file)
+	text, err := readBounded(file, custody.MaxBundle)
 	if err != nil {
 		return bundle, nil, fmt.Errorf("reading the backup: %w", err)
 	}

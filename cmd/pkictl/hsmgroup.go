@@ -35,6 +35,9 @@ is 1 if anything was found.` + groupHelp,
 				return hsmsync.Report{}, err
 			}
 			defer s.close()
+			if _, err := s.state(ctx); err != nil { // does not wait for a database that is gone
+				return hsmsync.Report{}, err
+			}
 			r, err := s.coordinator.Verify(ctx)
 			s.progress.end()
 			if err == nil && !r.OK {
@@ -325,7 +328,7 @@ func (a *app) readPIN(name, file string) (string, error) {
 	in, ok := a.in.(*os.File)
 	switch {
 	case file != "" && file != "-":
-		text, err = os.ReadFile(file)
+		text, err = readBounded(file, 4<<10)
 	case ok && isatty.IsTerminal(in.Fd()):
 		fmt.Fprintf(a.err, "PIN of %s: ", name)
 		text, err = readSilently(in)

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -322,7 +324,7 @@ A key that was outside of an HSM may have copies elsewhere: destroy them.` + gra
 	_ = c.MarkFlagRequired("purpose")
 	_ = c.MarkFlagRequired("key")
 	f.add(c)
-	c.RunE = a.changing("import", &f, dryRunFlag(c), func(_ context.Context, s *groupSite, args []string) (change, error) {
+	c.RunE = a.changing("import", &f, dryRunFlag(c), func(ctx context.Context, s *groupSite, args []string) (change, error) {
 		pkcs8, spki, alg, err := a.readPrivate(file)
 		if err != nil {
 			return change{}, err
@@ -330,6 +332,16 @@ A key that was outside of an HSM may have copies elsewhere: destroy them.` + gra
 		spec.Label, spec.Algorithm = args[0], alg
 		if err := checkSpec(spec); err != nil {
 			return change{}, err
+		}
+		st, err := s.state(ctx)
+		if err != nil {
+			return change{}, err
+		}
+		// What a key may do depends on its purpose, and a destroyed one must not come back: one key, one entry.
+		for _, k := range st.Keys() {
+			if k.State != hsmsync.StateAbandoned && bytes.Equal(k.SPKI, spki) && (k.Label != spec.Label || k.Purpose != spec.Purpose || k.State == hsmsync.StateDestroyed) {
+				return change{}, fmt.Errorf("this key is in the group already, as key %s (%s:%s, %s): it is not taken in again", k.ID, k.Purpose, k.Label, k.State)
+			}
 		}
 		approval := s.coordinator.ImportAct(spec, spki)
 		var record hsm.KeyRecord
@@ -358,10 +370,14 @@ func (a *app) readPrivate(file string) (pkcs8, spki []byte, alg hsm.Algorithm, e
 	if err != nil {
 		return nil, nil, "", fmt.Errorf("reading the key: %w", err)
 	}
-	block, _ := pem.Decode(text)
+	block, rest := pem.Decode(text)
+	more := len(bytes.TrimSpace(rest)) > 0
 	clear(text)
 	if block == nil || block.Type != "PRIVATE KEY" {
 		return nil, nil, "", errors.New("reading the key: want PKCS#8 in PEM (BEGIN PRIVATE KEY), not encrypted: `openssl pkcs8 -topk8 -nodes` makes that")
+	}
+	if more {
+		return nil, nil, "", errors.New("reading the key: something follows it: want one key and nothing else")
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
@@ -376,6 +392,9 @@ func (a *app) readPrivate(file string) (pkcs8, spki []byte, alg hsm.Algorithm, e
 	}
 	if alg, err = hsm.AlgorithmOf(signer.Public()); err != nil {
 		return nil, nil, "", fmt.Errorf("reading the key: %w", err)
+	}
+	if k, ok := signer.(*rsa.PrivateKey); ok && k.E < 65537 {
+		return nil, nil, "", fmt.Errorf("reading the key: its RSA exponent is %d: want 65537 or more (FIPS 186-5)", k.E)
 	}
 	return block.Bytes, spki, alg, nil
 }
