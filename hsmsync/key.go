@@ -40,7 +40,9 @@ type Key struct {
 
 	mu     sync.Mutex // guards what follows: the gathering of concurrent Sign calls
 	open   *gathering // takes more digests; nil when nobody waits
-	signed int        // gatherings being signed now
+	signed int        // gatherings and lone digests being signed now
+	// leaving counts lone digests on their way to a member, which does not look busy with them yet.
+	leaving int
 }
 
 // gathering is the digests of concurrent Sign calls, signed in one go.
@@ -75,8 +77,9 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 		return nil, err
 	}
 	k.mu.Lock()
-	if k.open == nil && (k.signed == 0 || k.group.idle(k)) { // waiting for company would only cost
+	if k.open == nil && (k.signed == 0 || k.group.idle(k, k.leaving)) { // waiting for company would only cost
 		k.signed++
+		k.leaving++
 		k.mu.Unlock()
 		defer k.ended()
 		return k.signAlone(digest)
@@ -109,7 +112,9 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 func (k *Key) signAlone(digest []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), signTimeout)
 	defer cancel()
-	sigs, err := k.SignBatch(ctx, [][]byte{digest})
+	left := sync.OnceFunc(func() { k.mu.Lock(); defer k.mu.Unlock(); k.leaving-- })
+	defer left()
+	sigs, err := k.signBatch(ctx, [][]byte{digest}, left)
 	if err != nil {
 		return nil, err
 	}
@@ -145,6 +150,11 @@ func (k *Key) ended() {
 // Every signature returned was verified. The error is ErrNoMember when no member is left to ask, and of class overloaded
 // when more digests wait for a member than Config.Queue allows.
 func (k *Key) SignBatch(ctx context.Context, digests [][]byte) ([][]byte, error) {
+	return k.signBatch(ctx, digests, func() {})
+}
+
+// signBatch is SignBatch; left is called when one digest has been handed to a member.
+func (k *Key) signBatch(ctx context.Context, digests [][]byte, left func()) ([][]byte, error) {
 	for _, d := range digests {
 		if err := k.record.Algorithm.CheckDigest(d); err != nil {
 			return nil, err
@@ -161,6 +171,7 @@ func (k *Key) SignBatch(ctx context.Context, digests [][]byte) ([][]byte, error)
 	starts := cut(digests, pieces)
 	if len(starts) == 1 {
 		a, err := g.hand(ctx, k, len(digests))
+		left()
 		if err != nil {
 			return nil, fmt.Errorf("signing with key %s: %w", k.record.ID, err)
 		}

@@ -10,8 +10,12 @@ import (
 )
 
 // Drain takes a member out of work, by an operator's wish and until Recover, Promote or Standby. It keeps its keys, and
-// receives new ones while it answers. The last member that serves is not drained unless forced (CoordinatorConfig.Force).
+// receives new ones while it answers. The last member that serves is not drained unless forced (CoordinatorConfig.Force),
+// and another one must prove every live key now.
 func (c *Coordinator) Drain(ctx context.Context, name, why string) error {
+	if err := c.spare(ctx, "draining", name); err != nil {
+		return err
+	}
 	return c.assign(ctx, "draining", name, func(s *State, m GroupMember) (*Entry, error) {
 		switch {
 		case m.State == MemberDrained:
@@ -66,8 +70,8 @@ func (c *Coordinator) Recover(ctx context.Context, name, why string) error {
 }
 
 // Remove takes a member out of the group for good. Its token keeps its keys: initialise it before it goes anywhere. What is
-// left must be members enough for the copies that the policy wants, unless forced (CoordinatorConfig.Force); one that never
-// joined may always go.
+// left must be members enough for the copies that the policy wants, one of which proves every live key now, unless forced
+// (CoordinatorConfig.Force); one that never joined may always go.
 func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 	s, err := c.State(ctx)
 	if err != nil {
@@ -75,6 +79,9 @@ func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 	}
 	if old := s.members[name]; old != nil && old.State == MemberRemoved {
 		return nil
+	}
+	if err := c.spare(ctx, "removing", name); err != nil {
+		return err
 	}
 	return c.assign(ctx, "removing", name, func(s *State, m GroupMember) (*Entry, error) {
 		left := slices.DeleteFunc(s.in(MemberActive, MemberStandby), func(o GroupMember) bool { return o.Name == name })
@@ -87,6 +94,35 @@ func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 		}
 		return entry(eventRemove, name, Note{Why: why})
 	})
+}
+
+// spare refuses to do without a member whose copies may be the last. The log does not know which members are well, so the
+// others are asked: one of them must prove every live key.
+func (c *Coordinator) spare(ctx context.Context, verb, name string) error {
+	s, err := c.State(ctx)
+	if err != nil {
+		return err
+	}
+	m, there := s.Member(name)
+	live := s.In(StateLive)
+	others := slices.DeleteFunc(s.in(MemberActive, MemberStandby), func(o GroupMember) bool { return o.Name == name })
+	if c.cfg.Force || !there || m.State == MemberJoining || s.Deleted || len(live) == 0 || len(others) == 0 {
+		return nil // assign says what there is to say
+	}
+	all := c.survey(ctx, others)
+	var why []error
+	for _, o := range all {
+		if o.err != nil {
+			why = append(why, o.err)
+		}
+	}
+	for _, o := range serving(all, s.Domain) {
+		if _, err = c.proveAll(ctx, live, o); err == nil {
+			return nil
+		}
+		why = append(why, err)
+	}
+	return fmt.Errorf("%s member %s of group %s: no other member proves every live key now, so that nothing could be signed; bring one back first: %w", verb, name, c.cfg.Group, errors.Join(why...))
 }
 
 // assign decides an entry about a member and reads it back.

@@ -83,6 +83,26 @@ func TestTheLastMembersStay(t *testing.T) {
 	})
 }
 
+// The log says that a and b serve. Only c does.
+func TestTheLastCopyStaysWhateverTheLogSays(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		d.must("x")
+		d.at["a"].with("*", dead)
+		d.at["b"].with("challenge", failing(hsm.ClassDevice))
+		failed(t, d.c.Drain(ctx, "c", ""), "nothing could be signed", "asking a", "proving key")
+		failed(t, d.c.Remove(ctx, "c", ""), "nothing could be signed")
+		d.expect("a active, b active, c active")
+		d.at["b"].with("challenge", nil)
+		good(t, d.c.Drain(ctx, "c", ""))
+		d.at["b"].with("challenge", failing(hsm.ClassDevice))
+		failed(t, d.c.Remove(ctx, "c", ""), "nothing could be signed")
+		d.force = true
+		good(t, d.coordinator("sync1").Remove(ctx, "c", ""))
+		d.expect("a active, b active")
+	})
+}
+
 func TestTheMasterIsNotRemoved(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
 		good(t, d.c.SetPolicy(t.Context(), hsmsync.Policy{Creation: hsmsync.CreationMaster, Master: "c"}))

@@ -153,12 +153,13 @@ func (m *member) busier(than *member) int {
 	return cmp.Or(cmp.Compare(m.inflight*than.capacity(), than.inflight*m.capacity()), cmp.Compare(m.turn, than.turn))
 }
 
-// idle tells whether some member would work at once on what it is given now.
-func (g *Group) idle(k *Key) (yes bool) {
+// idle tells whether some member would work at once on what it is given now, when so many requests are on their way already.
+func (g *Group) idle(k *Key, leaving int) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.among(k, nil, func(m *member) { yes = yes || m.lanes() > 0 })
-	return yes
+	lanes := 0
+	g.among(k, nil, func(m *member) { lanes += m.lanes() })
+	return lanes > leaving
 }
 
 // admit lets n digests in, or refuses them because too many wait already. Pieces is into how many they should be cut.

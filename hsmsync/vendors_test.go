@@ -1,0 +1,518 @@
+package hsmsync_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"trivet/hsm"
+	"trivet/hsm/hsmtest"
+	"trivet/hsmsync"
+	"trivet/hsmsync/custody"
+	"trivet/identity"
+)
+
+// nss adds members on NSS's software token.
+func (w *works) nss(names ...string) {
+	w.t.Helper()
+	for _, n := range names {
+		w.at[n] = w.lab.NSS(n).Serve()
+	}
+}
+
+// serve runs a group of what the log says until the test ends.
+func (w *works) serve(epoch uint64) *hsmsync.Group {
+	w.t.Helper()
+	g, err := hsmsync.New(hsmsync.Config{
+		Group: "ca", Identity: w.lab.Identity(identity.RoleCA, "ca1"), Manifest: manifest{w.chain}, Epoch: epoch, Log: logger(w.t),
+	})
+	good(w.t, err)
+	w.t.Cleanup(run(w.t, g))
+	return g
+}
+
+// are waits until a group's members are in those states, by name.
+func are(t testing.TB, g *hsmsync.Group, want map[string]string) {
+	t.Helper()
+	eventually(t, fmt.Sprint("the members are ", want), func() (string, bool) {
+		got := map[string]string{}
+		for _, m := range g.Status().Groups[0].Members {
+			got[m.Name] = m.State
+		}
+		return fmt.Sprint(got), fmt.Sprint(got) == fmt.Sprint(want)
+	})
+}
+
+// signWith signs a batch with each key; every signature must verify.
+func signWith(ctx context.Context, t testing.TB, g *hsmsync.Group, keys ...hsm.KeyRecord) {
+	t.Helper()
+	for _, r := range keys {
+		k, err := g.Key(ctx, string(r.ID))
+		good(t, err)
+		ds := digestsFor(r.Algorithm, 4)
+		sigs, err := k.SignBatch(ctx, ds)
+		if err != nil {
+			t.Fatalf("%s: %v", r.Label, err)
+		}
+		verify(t, k, ds, sigs)
+	}
+}
+
+func digestsFor(a hsm.Algorithm, n int) (out [][]byte) {
+	for i := range n {
+		h := a.Hash().New()
+		_, _ = fmt.Fprint(h, i)
+		out = append(out, h.Sum(nil))
+	}
+	return out
+}
+
+// TestAGroupOfTwoVendors has SoftHSM and NSS hold the same keys.
+func TestAGroupOfTwoVendors(t *testing.T) {
+	t.Parallel()
+	w := newWorks(t, "a")
+	w.nss("n")
+	w.setup(hsmsync.Policy{}, "a", "n")
+	ctx := w.soon()
+	var keys []hsm.KeyRecord
+	for _, a := range []hsm.Algorithm{hsm.P256, hsm.P384, hsm.RSA2048} {
+		keys = append(keys, w.key("key-"+string(a), a))
+	}
+	w.verify(2, 3)
+	g := w.serve(1)
+	are(t, g, map[string]string{"a": "active", "n": "active"})
+
+	t.Run("each makes keys and signs alone with all", func(t *testing.T) {
+		good(t, w.c.SetPolicy(ctx, hsmsync.Policy{Creation: hsmsync.CreationMaster, Master: "n"}))
+		for _, a := range []hsm.Algorithm{hsm.P256, hsm.P384, hsm.RSA2048} {
+			keys = append(keys, w.key("made-by-n-"+string(a), a))
+		}
+		w.verify(2, 6)
+		w.eachAlone(t, g, keys)
+	})
+	t.Run("another of each joins", func(t *testing.T) {
+		w.add("b")
+		w.nss("o")
+		good(t, w.c.Enroll(ctx, w.request("b")))
+		good(t, w.c.Enroll(ctx, w.request("o")))
+		w.verify(4, 6)
+	})
+	t.Run("the domain key changes", func(t *testing.T) {
+		good(t, w.c.RotateDomain(ctx))
+		w.verify(4, 6)
+		s := w.state()
+		for name, m := range w.at {
+			if i := m.WaitReady(); i.KEK != s.Domain.Name || i.NextKEK != "" {
+				t.Errorf("%s holds domain keys %q and %q, the group's is %q", name, i.KEK, i.NextKEK, s.Domain.Name)
+			}
+		}
+		keys = append(keys, w.key("after", hsm.P256))
+		w.verify(4, 7)
+		if r, err := w.c.Reconcile(ctx); err != nil || !r.OK || r.Copied+r.Destroyed+len(r.Findings) > 0 {
+			t.Errorf("%+v %v", r, err)
+		}
+	})
+	t.Run("signing goes on on NSS when SoftHSM is killed", func(t *testing.T) {
+		are(t, g, map[string]string{"a": "active", "b": "active", "n": "active", "o": "active"})
+		k, err := g.Key(ctx, string(keys[0].ID))
+		good(t, err)
+		eventually(t, "all have proved every key", func() (string, bool) {
+			for _, k := range keys {
+				if n, err := g.Ready(string(k.ID)); n < 4 || err != nil {
+					return fmt.Sprint(k.Label, " by ", n, ": ", err), false
+				}
+			}
+			return "", true
+		})
+		w.at["a"].Kill()
+		w.at["b"].Kill()
+		worst := time.Duration(0)
+		for range 200 {
+			began := time.Now()
+			sigs, err := k.SignBatch(ctx, digests(3))
+			good(t, err)
+			verify(t, k, digests(3), sigs)
+			worst = max(worst, time.Since(began))
+		}
+		t.Logf("worst %v", worst.Round(time.Millisecond))
+		if worst > patience {
+			t.Errorf("worst %v, want %v", worst, patience)
+		}
+		are(t, g, map[string]string{"a": "failed", "b": "failed", "n": "active", "o": "active"})
+		signWith(ctx, t, g, keys...)
+		w.at["a"].Start()
+		w.at["b"].Start()
+		are(t, g, map[string]string{"a": "active", "b": "active", "n": "active", "o": "active"})
+		w.at["n"].Kill()
+		w.at["o"].Kill()
+		signWith(ctx, t, g, keys...)
+	})
+}
+
+// eachAlone has each member in turn sign with all keys while all others are drained.
+func (w *works) eachAlone(t *testing.T, g *hsmsync.Group, keys []hsm.KeyRecord) {
+	t.Helper()
+	forcing := w.config
+	forcing.Force = true
+	c, err := hsmsync.NewCoordinator(forcing)
+	good(t, err)
+	defer c.Close()
+	all := map[string]string{}
+	for alone := range w.at {
+		good(t, c.Recover(w.soon(), alone, ""))
+		states := map[string]string{alone: "active"}
+		for name := range w.at {
+			if all[name] = "active"; name != alone {
+				good(t, c.Drain(w.soon(), name, "to see whether "+alone+" does alone"))
+				states[name] = "drained"
+			}
+		}
+		are(t, g, states)
+		signWith(w.soon(), t, g, keys...)
+	}
+	for name := range w.at {
+		good(t, c.Recover(w.soon(), name, ""))
+	}
+	are(t, g, all)
+}
+
+// TestAnHSMOfAnotherVendorJoinsAGroupThatHasKeys is about groups of one vendor.
+func TestAnHSMOfAnotherVendorJoinsAGroupThatHasKeys(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name        string
+		first, then func(*works, ...string)
+		names       []string
+	}{
+		{"NSS joins SoftHSM", (*works).add, (*works).nss, []string{"a", "b", "n"}},
+		{"SoftHSM joins NSS", (*works).nss, (*works).add, []string{"n", "o", "a"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorks(t)
+			old, newcomer := test.names[:2], test.names[2]
+			test.first(w, old...)
+			test.then(w, newcomer)
+			w.setup(hsmsync.Policy{}, old...)
+			for _, a := range []hsm.Algorithm{hsm.P256, hsm.RSA2048} {
+				w.key("key-"+string(a), a)
+			}
+			good(t, w.c.RetireKey(w.soon(), w.key("retired", hsm.P256).ID, ""))
+			good(t, w.c.Enroll(w.soon(), w.request(newcomer)))
+			w.verify(3, 2)
+			if i := w.at[newcomer].WaitReady(); i.Keys != 3 || i.Epoch != 1 {
+				t.Errorf("%+v", i)
+			}
+			// And it can hand on what it was given: the source is whoever serves.
+			good(t, w.c.Drain(w.soon(), old[0], ""))
+			good(t, w.c.Remove(w.soon(), old[1], ""))
+			w.at[old[1]].Replace()
+			w.at[old[1]].Start()
+			w.at[old[1]].WaitReady()
+			good(t, w.c.Enroll(w.soon(), w.request(old[1])))
+			good(t, w.c.Recover(w.soon(), old[0], ""))
+			w.verify(3, 2)
+		})
+	}
+}
+
+// vendor clones keys between SoftHSM tokens as an HSM vendor's own tools do: no key is wrapped and no agent is asked. The
+// tokens share the key that encrypts what is in them, as HSMs of one cloning domain do, and each has a serial of its own.
+// Cloning is then the copying of the files of a key's two halves.
+type vendor struct {
+	*works
+	origin string
+	own    map[string]bool // files that are the origin's own
+}
+
+// newVendor makes members of one cloning domain. They run, and are in no group. The members named in twins have the serial
+// of the first one's token.
+func newVendor(t testing.TB, names []string, twins ...string) *vendor {
+	t.Helper()
+	v := &vendor{works: newWorks(t), origin: names[0]}
+	first := v.lab.Member(names[0])
+	v.at[names[0]] = first
+	if out, err := first.InitToken(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for i, n := range names[1:] {
+		m := v.lab.Member(n)
+		v.at[n] = m
+		v.replaceToken(n, v.tokens(names[0]))
+		v.rename(n, i+1, slices.Contains(twins, n))
+		for _, f := range v.objects(n) { // what the first agent has made for itself
+			good(t, os.Remove(filepath.Join(v.dir(n), f)))
+		}
+		pin, err := os.ReadFile(first.PIN)
+		good(t, err)
+		hsmtest.Write(t, m.PIN, string(pin))
+	}
+	for _, n := range names {
+		v.at[n].Start()
+		v.at[n].WaitReady()
+	}
+	return v
+}
+
+// rename gives the origin's token, copied to a member, the member's label and a serial of its own.
+func (v *vendor) rename(name string, i int, twin bool) {
+	v.t.Helper()
+	file := filepath.Join(v.dir(name), "token.object")
+	b, err := os.ReadFile(file)
+	good(v.t, err)
+	pad := func(s string) []byte { return fmt.Appendf(nil, "%-32s", s) }
+	change := func(from, to []byte) {
+		if bytes.Count(b, from) != 1 {
+			v.t.Fatalf("%q is %d times in a token's description", from, bytes.Count(b, from))
+		}
+		b = bytes.Replace(b, from, to, 1)
+	}
+	change(pad(v.origin), pad(name))
+	if !twin {
+		// The serial is the end of the directory's name.
+		serial := strings.ReplaceAll(filepath.Base(v.dir(name)), "-", "")[16:]
+		change([]byte(serial), fmt.Appendf(nil, "%s%04x", serial[:12], i))
+	}
+	hsmtest.Write(v.t, file, string(b))
+}
+
+// dir is the directory of a member's token.
+func (v *vendor) dir(name string) string {
+	v.t.Helper()
+	all, err := filepath.Glob(filepath.Join(v.tokens(name), "*", "token.object"))
+	if err != nil || len(all) != 1 {
+		v.t.Fatalf("%s has tokens %q: %v", name, all, err)
+	}
+	return filepath.Dir(all[0])
+}
+
+// objects lists the files of what is in a member's token.
+func (v *vendor) objects(name string) (out []string) {
+	v.t.Helper()
+	all, err := filepath.Glob(filepath.Join(v.dir(name), "*-*.object"))
+	good(v.t, err)
+	for _, f := range all {
+		out = append(out, filepath.Base(f))
+	}
+	return out
+}
+
+// begin has the vendor leave out what is in the origin's token by now: what its agent has made for itself.
+func (v *vendor) begin() {
+	v.t.Helper()
+	v.own = map[string]bool{}
+	for _, f := range v.objects(v.origin) {
+		v.own[f] = true
+	}
+}
+
+// made waits until the origin holds so many keys of the group, all whole.
+func (v *vendor) made(keys int) {
+	v.t.Helper()
+	c := v.at[v.origin].Client(identity.RoleSync)
+	eventually(v.t, fmt.Sprint(v.origin, " holds ", keys, " keys"), func() (string, bool) {
+		i, err := c.Health(v.soon())
+		return fmt.Sprintf("%+v %v", i, err), err == nil && i.Keys == keys && i.Faulty == 0
+	})
+}
+
+// clone copies the group's keys to a member's token.
+func (v *vendor) clone(to string) {
+	v.t.Helper()
+	has := v.objects(to)
+	for _, f := range v.objects(v.origin) {
+		if v.own[f] || slices.Contains(has, f) {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(v.dir(v.origin), f))
+		good(v.t, err)
+		hsmtest.Write(v.t, filepath.Join(v.dir(to), f), string(b))
+	}
+	v.touch(to)
+}
+
+// lose takes the group's keys out of a member's token.
+func (v *vendor) lose(from string) {
+	v.t.Helper()
+	for _, f := range v.objects(v.origin) {
+		if !v.own[f] {
+			good(v.t, os.Remove(filepath.Join(v.dir(from), f)))
+		}
+	}
+	v.touch(from)
+}
+
+// touch has a module that runs look at its token's directory anew.
+func (v *vendor) touch(name string) {
+	v.t.Helper()
+	file := filepath.Join(v.dir(name), "generation")
+	b, err := os.ReadFile(file)
+	good(v.t, err)
+	binary.BigEndian.PutUint64(b, binary.BigEndian.Uint64(b)+1)
+	good(v.t, os.WriteFile(file, b, 0o600))
+}
+
+// stopped does something with a member's token while its agent is stopped.
+func (v *vendor) stopped(name string, do func(string)) {
+	v.t.Helper()
+	v.at[name].Kill()
+	do(name)
+	v.at[name].Start()
+	v.at[name].WaitReady()
+}
+
+func TestARealVendorClonesTheKeys(t *testing.T) {
+	t.Parallel()
+	v := newVendor(t, []string{"a", "b", "c", "d", "e"}, "e")
+	v.setup(hsmsync.Policy{Driver: hsmsync.DriverExternal, NonExtractable: true}, "a", "b", "c")
+	v.begin()
+	ctx := v.soon()
+	g := v.serve(1)
+	spec := hsm.KeySpec{Label: "key", Purpose: hsm.PurposeCA, Algorithm: hsm.P256}
+
+	// The key is there and not live as long as one member lacks it.
+	type result struct {
+		key hsm.KeyRecord
+		err error
+	}
+	created := make(chan result, 1)
+	go func() { k, err := v.c.CreateKey(ctx, spec); created <- result{k, err} }()
+	v.made(1)
+	v.clone("b") // which sees it come
+	if !proves(t, v, "b") {
+		t.Error("b does not prove what was cloned to it")
+	}
+	if found, ok := v.state().Find(spec.Label, spec.Purpose); !ok || found.State != hsmsync.StatePending {
+		t.Fatalf("c lacks it: %+v", found)
+	}
+	select {
+	case r := <-created:
+		t.Fatalf("c lacks it: %+v", r)
+	default:
+	}
+	v.stopped("c", v.clone) // which the vendor stops for it
+	r := <-created
+	good(t, r.err)
+	key := r.key
+	if !key.NonExtractable || key.Extractable {
+		t.Errorf("%+v", key)
+	}
+	v.verify(3, 1)
+	are(t, g, map[string]string{"a": "active", "b": "active", "c": "active"})
+	signWith(ctx, t, g, key)
+
+	t.Run("it cannot be exported", func(t *testing.T) {
+		for _, name := range []string{"a", "c"} {
+			c := v.at[name].Client(identity.RoleSync)
+			good(t, c.GenerateDomain(ctx, "of-"+name))
+			_, err := c.Export(ctx, key.ID, "")
+			failed(t, err, "extract")
+			good(t, c.DropDomain(ctx, "of-"+name))
+		}
+		failed(t, v.c.RotateDomain(ctx), "vendor")
+		recipient, _, err := custody.NewRecipient(3, 2)
+		good(t, err)
+		_, err = v.c.Backup(ctx, recipient, nil)
+		failed(t, err, "vendor")
+		failed(t, v.c.SetPolicy(ctx, hsmsync.Policy{}), "driver wrap")
+	})
+	t.Run("one that is never cloned does not live", func(t *testing.T) {
+		soon, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		never := spec
+		never.Label = "never"
+		_, err := v.c.CreateKey(soon, never)
+		failed(t, err, "vendor has not cloned 1 keys", "is abandoned")
+	})
+	t.Run("a clone that is lost is reported and left to the vendor", func(t *testing.T) {
+		v.stopped("b", v.lose)
+		report, err := v.c.Reconcile(ctx)
+		if err != nil || report.OK || report.Copied > 0 || !strings.Contains(kinds(report), "missing b") {
+			t.Errorf("%s %+v %v", kinds(report), report, err)
+		}
+		if holdsKey(ctx, t, v.works, "b", key.ID) {
+			t.Error("somebody brought it back")
+		}
+		report, err = v.c.Verify(ctx)
+		if err != nil || report.OK || report.Fewest != 2 {
+			t.Errorf("%+v %v", report, err)
+		}
+		for _, f := range report.Findings {
+			t.Logf("%s: %s", f.Kind, f.Detail)
+			if f.Kind == hsmsync.KindMissing && strings.Contains(f.Detail, "next reconciliation") {
+				t.Errorf("%s: nothing is brought by us", f.Detail)
+			}
+		}
+		v.clone("b")
+		report, err = v.c.Reconcile(ctx)
+		if err != nil || !report.OK {
+			t.Errorf("cloned again: %s %+v %v", kinds(report), report.Findings, err)
+		}
+		v.verify(3, 1)
+	})
+	t.Run("a newcomer waits for the vendor", func(t *testing.T) {
+		for _, name := range []string{"d", "e"} { // of which e's token has the serial of a's
+			enrolled := make(chan error, 1)
+			request := v.request(name)
+			go func() { enrolled <- v.c.Enroll(ctx, request) }()
+			eventually(t, name+" is joining", func() (string, bool) {
+				m, ok := v.state().Member(name)
+				return fmt.Sprint(m.State), ok && m.State == hsmsync.MemberJoining
+			})
+			v.clone(name)
+			good(t, <-enrolled)
+		}
+		if a, e := v.at["a"].WaitReady(), v.at["e"].WaitReady(); a.TokenSerial != e.TokenSerial || a.Transport == e.Transport {
+			t.Errorf("serials %s and %s, transport keys %s and %s", a.TokenSerial, e.TokenSerial, a.Transport, e.Transport)
+		}
+		v.verify(5, 1)
+	})
+	t.Run("the image of a whole token is no second copy", func(t *testing.T) {
+		v.stopped("e", func(string) {
+			v.at["a"].Kill()
+			v.replaceToken("e", v.tokens("a"))
+			v.rename("e", 0, true)
+			v.at["a"].Start()
+			v.at["a"].WaitReady()
+		})
+		report, err := v.c.Reconcile(ctx)
+		if err != nil || report.OK || !strings.Contains(kinds(report), "token-changed e") {
+			t.Errorf("%s %v", kinds(report), err)
+		}
+		good(t, v.c.Remove(ctx, "e", "its token is a copy"))
+		_, fingerprint, err := v.c.Inspect(ctx, "e", v.at["e"].Addr)
+		good(t, err)
+		err = v.c.Enroll(ctx, hsmsync.EnrollRequest{Name: "e", Address: v.at["e"].Addr, Grant: v.approve(v.c.EnrollAct("e", fingerprint))})
+		failed(t, err, "share token", "one copy, not two")
+	})
+	t.Run("a vendor that clones the agents' own keys as well", func(t *testing.T) {
+		v.own = nil
+		v.at["d"].Kill()
+		v.clone("d")
+		v.at["d"].Start()
+		t.Logf("d ends with code %d: %s", v.at["d"].Exit(), v.at["d"].Log()[max(0, len(v.at["d"].Log())-600):])
+	})
+}
+
+// proves tells whether a member signs a challenge with the one key that its origin holds.
+func proves(t *testing.T, v *vendor, name string) bool {
+	t.Helper()
+	all, err := v.at[v.origin].Client(identity.RoleSync).Inventory(v.soon())
+	good(t, err)
+	i := slices.IndexFunc(all, func(k hsm.KeyRecord) bool { return k.Purpose == hsm.PurposeCA })
+	key, c, nonce := all[i], v.at[name].Client(identity.RoleSync), make([]byte, 32)
+	_, err = c.Inventory(v.soon())
+	good(t, err)
+	sig, incarnation, err := c.Challenge(v.soon(), "ca", key.ID, nonce)
+	good(t, err)
+	public, err := x509.ParsePKIXPublicKey(key.SPKI)
+	good(t, err)
+	return hsm.Verify(public, hsm.ChallengeDigest(key.Algorithm, "ca", name, incarnation, key.ID, nonce), sig) == nil
+}
