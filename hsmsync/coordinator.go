@@ -78,6 +78,7 @@ type Coordinator struct {
 	mu      sync.Mutex // guards all below, and calls of Progress
 	agents  map[place]Agent
 	checked map[string]checked // by member; see Reconcile
+	told    map[string]string  // by member; see forget
 }
 
 // place is where a member of that name answers.
@@ -106,7 +107,7 @@ func NewCoordinator(cfg CoordinatorConfig) (*Coordinator, error) {
 	}
 	c := &Coordinator{
 		cfg: cfg, role: string(p.Role), actor: p.String(), log: cfg.Log.With("group", cfg.Group),
-		reader: newReader(cfg.Chain, cfg.Group), agents: map[place]Agent{}, checked: map[string]checked{},
+		reader: newReader(cfg.Chain, cfg.Group), agents: map[place]Agent{}, checked: map[string]checked{}, told: map[string]string{},
 	}
 	var err error
 	c.stats, err = newStats(cfg.Group, cfg.Metrics)

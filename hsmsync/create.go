@@ -45,6 +45,16 @@ func (c *Coordinator) adopt(ctx context.Context, spec hsm.KeySpec, pkcs8, grant 
 	if err != nil {
 		return hsm.KeyRecord{}, err
 	}
+	s, err := c.State(ctx)
+	if err != nil {
+		return hsm.KeyRecord{}, err
+	}
+	for _, k := range s.Keys() {
+		repeated := k.Label == spec.Label && k.Purpose == spec.Purpose && (k.State == StatePending || k.State == StateLive)
+		if bytes.Equal(k.SPKI, spki) && !repeated && k.State != StateAbandoned {
+			return hsm.KeyRecord{}, fmt.Errorf("this key is in the group already, as key %s (%s:%s, %s): it is not taken in again", k.ID, k.Purpose, k.Label, k.State)
+		}
+	}
 	by, err := c.approved(grant, c.ImportAct(spec, spki))
 	if err != nil {
 		return hsm.KeyRecord{}, err

@@ -313,6 +313,9 @@ func (a *answering) Rotate(ctx context.Context, kek string) error { return a.to(
 func (a *answering) DropDomain(ctx context.Context, kek string) error {
 	return a.to().DropDomain(ctx, kek)
 }
+func (a *answering) ForgetTransport(ctx context.Context, transport string) error {
+	return a.to().ForgetTransport(ctx, transport)
+}
 func (a *answering) SetEpoch(ctx context.Context, r hsm.EpochRecord) error {
 	return a.to().SetEpoch(ctx, r)
 }

@@ -55,6 +55,7 @@ type Agent interface {
 	ImportDomain(ctx context.Context, kek string, wrapped []byte) error
 	Rotate(ctx context.Context, kek string) error
 	DropDomain(ctx context.Context, kek string) error
+	ForgetTransport(ctx context.Context, transport string) error
 	BackupDomain(ctx context.Context, req hsm.BackupRequest) (wrapped []byte, kek string, err error)
 	SetEpoch(ctx context.Context, record hsm.EpochRecord) error
 	Activate(ctx context.Context, pin string) error

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -83,6 +84,20 @@ func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 	if err := c.spare(ctx, "removing", name); err != nil {
 		return err
 	}
+	if err := c.depart(ctx, name, why); err != nil {
+		return err
+	}
+	if s, err = c.State(ctx); err != nil {
+		return err
+	}
+	for _, m := range c.survey(ctx, s.Members()) {
+		c.forget(ctx, s, m) // whom this does not reach, reconciliation does
+	}
+	return nil
+}
+
+// depart enters that a member is removed.
+func (c *Coordinator) depart(ctx context.Context, name, why string) error {
 	return c.assign(ctx, "removing", name, func(s *State, m GroupMember) (*Entry, error) {
 		left := slices.DeleteFunc(s.in(MemberActive, MemberStandby), func(o GroupMember) bool { return o.Name == name })
 		switch {
@@ -94,6 +109,34 @@ func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 		}
 		return entry(eventRemove, name, Note{Why: why})
 	})
+}
+
+// forget has a member forget the transport keys of those that were removed, so that no domain key goes to them unapproved,
+// be it by whoever has a coordinator's identity. It tells each incarnation of a member once.
+func (c *Coordinator) forget(ctx context.Context, s *State, m standing) {
+	var gone []string
+	for _, old := range s.members {
+		if old.State == MemberRemoved && old.Transport != "" && !slices.ContainsFunc(s.Members(), func(o GroupMember) bool { return o.Transport == old.Transport }) {
+			gone = append(gone, old.Transport)
+		}
+	}
+	slices.Sort(gone)
+	what := m.info.Incarnation + " " + strings.Join(gone, " ")
+	c.mu.Lock()
+	told := c.told[m.Name] == what
+	c.mu.Unlock()
+	if m.err != nil || len(gone) == 0 || told {
+		return
+	}
+	for _, transport := range gone {
+		if err := c.call(ctx, stepTimeout, func(ctx context.Context) error { return m.agent.ForgetTransport(ctx, transport) }); err != nil {
+			c.log.Warn("a member does not forget the transport key of one that was removed; it is told again", "member", m.Name, "transport", transport, "error", err)
+			return
+		}
+	}
+	c.mu.Lock()
+	c.told[m.Name] = what
+	c.mu.Unlock()
 }
 
 // spare refuses to do without a member whose copies may be the last. The log does not know which members are well, so the

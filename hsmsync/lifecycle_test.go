@@ -69,6 +69,11 @@ func TestTheLastMembersStay(t *testing.T) {
 		good(t, d.c.Remove(ctx, "c", "sold"))
 		good(t, d.c.Remove(ctx, "c", "sold"))
 		d.expect("a active, b active")
+		for _, left := range []string{"a", "b"} {
+			if f := d.at[left].forgotten; len(f) == 0 {
+				t.Errorf("%s still knows the transport key of the member that was removed", left)
+			}
+		}
 		failed(t, d.c.Remove(ctx, "b", ""), "it would leave 1", "2 copies")
 		good(t, d.c.Drain(ctx, "b", ""))
 		failed(t, d.c.Drain(ctx, "a", ""), "last member that serves")

@@ -56,6 +56,7 @@ func (c *Coordinator) Reconcile(ctx context.Context) (Report, error) {
 			r.Findings = append(r.Findings, found(m.err, hsm.KeyRecord{}, m.Name, KindUnreachable))
 			continue
 		}
+		c.forget(ctx, s, *m)
 		if m.State != MemberJoining {
 			r.Findings = append(r.Findings, c.align(ctx, s, m, all)...)
 			seen, inspected := c.inspectKeys(ctx, s, m, all, want, &r)

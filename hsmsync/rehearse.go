@@ -342,6 +342,9 @@ func (u *understudy) DropDomain(_ context.Context, kek string) error {
 	return nil
 }
 
+// ForgetTransport implements Agent.
+func (u *understudy) ForgetTransport(context.Context, string) error { return nil }
+
 // BackupDomain implements Agent.
 func (u *understudy) BackupDomain(ctx context.Context, _ hsm.BackupRequest) ([]byte, string, error) {
 	i, err := u.Health(ctx)

@@ -38,6 +38,7 @@ type software struct {
 	epoch        hsm.EpochRecord
 	keys         map[hsm.KeyID]softKey
 	destroyed    map[hsm.KeyID]bool
+	forgotten    []string       // transport keys
 	calls        map[string]int // by operation
 	digests      int            // signed
 	fault        map[string]fault
@@ -379,6 +380,10 @@ func (s *software) Rotate(ctx context.Context, kek string) error {
 		}
 		return nil
 	})
+}
+
+func (s *software) ForgetTransport(ctx context.Context, transport string) error {
+	return s.do(ctx, "forget", func() error { s.forgotten = append(s.forgotten, transport); return nil })
 }
 
 func (s *software) DropDomain(ctx context.Context, kek string) error {

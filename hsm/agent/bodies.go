@@ -29,6 +29,9 @@ type (
 	transportKey struct {
 		Transport []byte `json:"transport"`
 	}
+	forgetRequest struct {
+		Transport string `json:"transport"`
+	}
 	domainRequest struct {
 		KEK string `json:"kek"`
 	}

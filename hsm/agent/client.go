@@ -166,6 +166,12 @@ func (c *Client) DropDomain(ctx context.Context, kek string) error {
 	return c.do(ctx, "domain-drop", http.MethodPost, "/v1/domain/drop", domainRequest{kek}, &none{})
 }
 
+// ForgetTransport has the member forget a transport key, by its hex SHA-256: a domain key goes to it no more unless people
+// approve it anew. Nothing happens when the member does not know it.
+func (c *Client) ForgetTransport(ctx context.Context, transport string) error {
+	return c.do(ctx, "domain-forget", http.MethodPost, "/v1/domain/forget", forgetRequest{transport}, &none{})
+}
+
 // BackupDomain wraps the current domain key for the custodians' key, as two people approved.
 func (c *Client) BackupDomain(ctx context.Context, req hsm.BackupRequest) (wrapped []byte, kek string, err error) {
 	var out wrappedDomain

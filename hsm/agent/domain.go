@@ -3,6 +3,8 @@ package agent
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"maps"
 
 	"trivet/hsm"
@@ -194,6 +196,23 @@ func (s *Server) domainDrop(ctx context.Context, by identity.Principal, req doma
 		if i := t.Info(); i.KEK == "" && i.NextKEK == "" { // no group's any more
 			f.Guarded, f.Transports = false, nil
 		}
+	})
+}
+
+// domainForget takes back that a domain key may go to a transport key unasked. It takes trust away and gives none, so that it
+// needs no approval.
+func (s *Server) domainForget(ctx context.Context, by identity.Principal, req forgetRequest) (none, error) {
+	const op = "domain-forget"
+	if b, err := hex.DecodeString(req.Transport); err != nil || len(b) != sha256.Size {
+		return none{}, hsm.Errorf(hsm.ClassRequest, op, "transport %.80q must be the hex SHA-256 of a transport key", req.Transport)
+	}
+	known := ""
+	s.cfg.State.read(func(f facts) { known = f.Transports[req.Transport] })
+	if known == "" {
+		return none{}, nil
+	}
+	return managed(ctx, s, by, act{op: op, object: known, detail: "transport=" + req.Transport}, func() (none, error) {
+		return none{}, s.change(op, func(f *facts) { delete(f.Transports, req.Transport) })
 	})
 }
 

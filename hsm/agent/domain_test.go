@@ -118,7 +118,20 @@ func TestADomainKeyGoesOnlyToAnApprovedAgentsToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantCode(t, export(good, nil), hsm.ClassDenied, hsm.CodeApproval)
-	if got := s.acts.details("domain-export", "ok"); len(got) != 3 || !strings.Contains(got[0], "approved_by=trivet://lab/admin/admin1") {
+
+	// Member b is removed: its token is a stranger's from then on.
+	if err := export(replaced, nil); err != nil {
+		t.Error(err)
+	}
+	for range 2 {
+		if err := c.ForgetTransport(soon(t), sha(trojan)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantCode(t, export(replaced, nil), hsm.ClassDenied, hsm.CodeApproval)
+	wantCode(t, c.ForgetTransport(soon(t), "all"), hsm.ClassRequest, "")
+	wantCode(t, s.client(identity.RoleCA).ForgetTransport(soon(t), sha(trojan)), hsm.ClassDenied, "")
+	if got := s.acts.details("domain-export", "ok"); len(got) != 4 || !strings.Contains(got[0], "approved_by=trivet://lab/admin/admin1") {
 		t.Errorf("audit record: %q", got)
 	}
 }

@@ -225,6 +225,12 @@ func TestAKeyIsAdoptedAsApproved(t *testing.T) {
 		}
 	}
 	hsmtest.SignAndVerify(t, s.client(identity.RoleOCSP), hsm.KeyRecord{KeySpec: req.Spec, SPKI: req.SPKI}, 3)
+	again := req // the same key, approved for another purpose
+	again.Spec = hsm.KeySpec{ID: hsm.NewKeyID(), Label: "again", Purpose: hsm.PurposeAudit, Algorithm: req.Spec.Algorithm}
+	again.Grant = w.grant(t, "key-import", "demo/again", map[string]string{"spki": sha(req.SPKI), "purpose": "audit", "algorithm": "P-256"})
+	if _, err := c.Adopt(soon(t), again); hsm.ClassOf(err) != hsm.ClassRequest || !strings.Contains(err.Error(), "in the token already") {
+		t.Errorf("one key under two purposes: %v", err)
+	}
 	twice := req
 	twice.Spec.ID = hsm.NewKeyID()
 	_, err := c.Adopt(soon(t), twice)

@@ -168,6 +168,16 @@ func (s *Server) adopt(ctx context.Context, by identity.Principal, req hsm.Adopt
 		return hsm.KeyRecord{}, err
 	}
 	k, err := managed(ctx, s, by, act{op: op, object: string(req.Spec.ID), detail: describe(req.Spec) + " " + a.String()}, func() (hsm.KeyRecord, error) {
+		// Under another id it could have another purpose, and sign what its own may not.
+		held, err := t.Inventory()
+		if err != nil {
+			return hsm.KeyRecord{}, err
+		}
+		for _, k := range held {
+			if k.ID != req.Spec.ID && bytes.Equal(k.SPKI, req.SPKI) {
+				return hsm.KeyRecord{}, hsm.Errorf(hsm.ClassRequest, op, "this key is in the token already, as key %s (%s:%s)", k.ID, k.Purpose, k.Label)
+			}
+		}
 		return t.Adopt(req.Spec, req.SPKI, req.Sealed)
 	})
 	if err == nil {

@@ -38,6 +38,7 @@ func (s *Server) routes() http.Handler {
 	mux.Handle("POST /v1/domain/import", handle(s, route{"domain-import", mayManage, maxDomain, true}, s.domainImport))
 	mux.Handle("POST /v1/domain/rotate", handle(s, route{"domain-rotate", mayManage, fixed, true}, s.domainRotate))
 	mux.Handle("POST /v1/domain/drop", handle(s, route{"domain-drop", mayManage, fixed, true}, s.domainDrop))
+	mux.Handle("POST /v1/domain/forget", handle(s, route{"domain-forget", mayManage, fixed, true}, s.domainForget))
 	mux.Handle("POST /v1/domain/backup", handle(s, route{"backup", mayManage, maxWithKey, true}, s.backup))
 	mux.Handle("POST /v1/epoch", handle(s, route{"epoch", mayManage, maxAct, true}, s.setEpoch))
 	mux.Handle("POST /v1/activate", handle(s, route{opActivate, mayActivate, fixed, true}, s.activate))
