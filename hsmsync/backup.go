@@ -25,16 +25,16 @@ func (c *Coordinator) backup(ctx context.Context, to custody.Recipient, grant []
 	if err := to.Check(); err != nil {
 		return b, err
 	}
-	evidence, err := c.approved(grant, c.BackupAct(to.SPKI))
-	if err != nil {
-		return b, err
-	}
 	s, err := c.State(ctx)
 	if err != nil {
 		return b, err
 	}
-	if s.Policy.Driver == DriverExternal {
+	if s.Policy.Driver == DriverExternal { // before people are asked to approve it
 		return b, errors.New("the vendor does the cloning in this group: back it up with the vendor's tools")
+	}
+	evidence, err := c.approved(grant, c.BackupAct(to.SPKI))
+	if err != nil {
+		return b, err
 	}
 	sources := serving(c.survey(ctx, s.Members()), s.Domain)
 	if len(sources) == 0 || s.Domain.Name == "" {

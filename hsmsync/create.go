@@ -295,7 +295,8 @@ func (c *Coordinator) cloned(ctx context.Context, s *State, k hsm.KeyRecord, b h
 	return err
 }
 
-// arrive waits until a member holds keys that the vendor clones. It returns the member's inventory.
+// arrive waits until a member holds keys that the vendor clones, and for the member, which some vendors stop for it. It
+// returns the member's inventory.
 func (c *Coordinator) arrive(ctx context.Context, keys []ManifestKey, to standing) (map[hsm.KeyID]hsm.KeyRecord, error) {
 	if _, limited := ctx.Deadline(); !limited {
 		var cancel context.CancelFunc
@@ -304,8 +305,10 @@ func (c *Coordinator) arrive(ctx context.Context, keys []ManifestKey, to standin
 	}
 	for {
 		has, err := c.inventory(ctx, to)
-		if err != nil {
-			return nil, err
+		if err != nil && (hsm.ClassOf(err) != hsm.ClassDevice || c.dry != nil || !sleep(ctx, vendorPoll, nil)) {
+			return nil, fmt.Errorf("waiting for the vendor to clone %d keys to member %s: %w", len(keys), to.Name, err)
+		} else if err != nil {
+			continue
 		}
 		missing := 0
 		var example ManifestKey

@@ -108,6 +108,26 @@ func TestTheLastCopyStaysWhateverTheLogSays(t *testing.T) {
 	})
 }
 
+// A replacement that was interrupted has removed the member and not entered it again.
+func TestAnInterruptedReplacementIsRepeated(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		d.must("x")
+		good(t, d.c.Remove(ctx, "c", "replaced by token 7"))
+		gone, ok := d.state().Departed("c")
+		if _, there := d.state().Member("c"); !ok || there || gone.Address == "" {
+			t.Fatalf("%+v %v %v", gone, ok, there)
+		}
+		r := d.newcomer("c")
+		r.Address = gone.Address
+		good(t, d.c.Replace(ctx, r))
+		d.expect("a active, b active, c active")
+		if _, ok := d.state().Departed("c"); ok {
+			t.Error("it is back and counts as gone")
+		}
+	})
+}
+
 func TestTheMasterIsNotRemoved(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
 		good(t, d.c.SetPolicy(t.Context(), hsmsync.Policy{Creation: hsmsync.CreationMaster, Master: "c"}))

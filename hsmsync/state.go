@@ -237,6 +237,14 @@ func (s *State) Member(name string) (GroupMember, bool) {
 	return GroupMember{}, false
 }
 
+// Departed is the member of that name as it was when it was removed, unless the name has joined again.
+func (s *State) Departed(name string) (GroupMember, bool) {
+	if m := s.members[name]; m != nil && m.State == MemberRemoved {
+		return *m, true
+	}
+	return GroupMember{}, false
+}
+
 // Check refuses a policy that cannot be kept, naming the field.
 func (p Policy) Check() error {
 	one := func(field, value string, of ...string) error {

@@ -65,10 +65,14 @@ func (c *Coordinator) examine(ctx context.Context, s *State, m standing, theirs 
 	}
 	r.Inspected = true
 	findings = append(findings, i.findings...)
+	remedy := "it is brought by the next reconciliation"
+	if s.Policy.Driver == DriverExternal {
+		remedy = "look at the vendor's cloning"
+	}
 	for _, k := range i.missing {
 		if m.State != MemberJoining {
 			findings = append(findings, Finding{Kind: KindMissing, Member: m.Name, Key: k.ID, Label: k.Label, Alarm: true,
-				Detail: fmt.Sprintf("member %s lacks key %s (%s), or holds it incomplete: it is brought by the next reconciliation", m.Name, k.ID, k.Label)})
+				Detail: fmt.Sprintf("member %s lacks key %s (%s), or holds it incomplete: %s", m.Name, k.ID, k.Label, remedy)})
 		}
 	}
 	for _, k := range i.doomed {

@@ -80,8 +80,11 @@ under the name is enrolled as by "pkictl hsm enroll". Its address, site and stan
 			return change{}, err
 		}
 		old, err := s.member(st, args[0])
-		if err != nil { // between the removal and the entry of the new token, the log has no member of that name
-			return change{}, fmt.Errorf("%w; if replacing it was interrupted, \"pkictl hsm enroll %s --address HOST:PORT\" goes on, with the same approvals, and --standby if it was one", err, args[0])
+		if gone, ok := st.Departed(args[0]); ok { // interrupted between the removal and the entry of the new token
+			old, err = gone, nil
+		}
+		if err != nil {
+			return change{}, err
 		}
 		req.Name, req.Standby = old.Name, old.Standby
 		if req.Address == "" {
