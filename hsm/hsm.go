@@ -198,6 +198,12 @@ func InventoryDigest(keys []KeyRecord) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
+// Fingerprint is the hex SHA-256 by which people and programs compare keys: of a DER SubjectPublicKeyInfo.
+func Fingerprint(der []byte) string {
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:])
+}
+
 // Info is what a member says about itself.
 type Info struct {
 	Member      string `json:"member"`

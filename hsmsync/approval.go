@@ -37,13 +37,13 @@ func (c *Coordinator) EnrollAct(member, fingerprint string) Act {
 
 // BackupAct is the act of wrapping the domain key for the custodians who hold the private half of a key, DER SPKI.
 func (c *Coordinator) BackupAct(recipient []byte) Act {
-	return Act{ActBackup, c.cfg.Group, map[string]string{"recipient": fingerprint(recipient)}}
+	return Act{ActBackup, c.cfg.Group, map[string]string{"recipient": hsm.Fingerprint(recipient)}}
 }
 
 // ImportAct is the act of taking in a key from outside; its id does not matter.
 func (c *Coordinator) ImportAct(spec hsm.KeySpec, spki []byte) Act {
 	return Act{ActImport, c.cfg.Group + "/" + spec.Label, map[string]string{
-		"spki": fingerprint(spki), "purpose": string(spec.Purpose), "algorithm": string(spec.Algorithm),
+		"spki": hsm.Fingerprint(spki), "purpose": string(spec.Purpose), "algorithm": string(spec.Algorithm),
 	}}
 }
 
@@ -66,7 +66,7 @@ func (c *Coordinator) DestroyAct(ctx context.Context, id hsm.KeyID) (Act, error)
 }
 
 func (c *Coordinator) destroyAct(id hsm.KeyID, spki []byte) Act {
-	return Act{ActDestroy, c.cfg.Group + "/" + string(id), map[string]string{"spki": fingerprint(spki)}}
+	return Act{ActDestroy, c.cfg.Group + "/" + string(id), map[string]string{"spki": hsm.Fingerprint(spki)}}
 }
 
 // approved checks that people enough have approved exactly this act. The members check it again. The result is the

@@ -3,8 +3,6 @@ package hsmsync
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -49,11 +47,8 @@ func (c *Coordinator) adopt(ctx context.Context, spec hsm.KeySpec, pkcs8, grant 
 	if err != nil {
 		return hsm.KeyRecord{}, err
 	}
-	for _, k := range s.Keys() {
-		repeated := k.Label == spec.Label && k.Purpose == spec.Purpose && (k.State == StatePending || k.State == StateLive)
-		if bytes.Equal(k.SPKI, spki) && !repeated && k.State != StateAbandoned {
-			return hsm.KeyRecord{}, fmt.Errorf("this key is in the group already, as key %s (%s:%s, %s): it is not taken in again", k.ID, k.Purpose, k.Label, k.State)
-		}
+	if err := s.MayImport(spec, spki); err != nil {
+		return hsm.KeyRecord{}, err
 	}
 	by, err := c.approved(grant, c.ImportAct(spec, spki))
 	if err != nil {
@@ -429,9 +424,4 @@ func shorten(s string) string {
 		return s[:1000] + "…"
 	}
 	return s
-}
-
-func fingerprint(der []byte) string {
-	sum := sha256.Sum256(der)
-	return hex.EncodeToString(sum[:])
 }

@@ -107,8 +107,8 @@ func (c *Coordinator) transport(ctx context.Context, m standing) (attested, spki
 		return nil, nil, fmt.Errorf("checking the transport key of %s: %w", m.Name, err)
 	case by != m.Name:
 		return nil, nil, troubled(KindToken, m.Name, "the transport key of %s is vouched for by member %s", m.Name, by)
-	case m.Transport != "" && fingerprint(spki) != m.Transport:
-		return nil, nil, troubled(KindToken, m.Name, "member %s has transport key %s, but joined with %s: its token was exchanged or initialised: replace the member", m.Name, fingerprint(spki), m.Transport)
+	case m.Transport != "" && hsm.Fingerprint(spki) != m.Transport:
+		return nil, nil, troubled(KindToken, m.Name, "member %s has transport key %s, but joined with %s: its token was exchanged or initialised: replace the member", m.Name, hsm.Fingerprint(spki), m.Transport)
 	}
 	return attested, spki, nil
 }

@@ -151,7 +151,7 @@ func (c *Coordinator) inspect(ctx context.Context, m Member) (standing, error) {
 	s.TokenSerial, s.TokenLabel, s.Transport = s.info.TokenSerial, s.info.TokenLabel, s.info.Transport
 	_, spki, err := c.transport(ctx, s) // vouched for, and the same
 	if err == nil {
-		s.Transport = fingerprint(spki)
+		s.Transport = hsm.Fingerprint(spki)
 	}
 	return s, err
 }

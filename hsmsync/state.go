@@ -1,6 +1,7 @@
 package hsmsync
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -195,6 +196,18 @@ func (s *State) Key(id hsm.KeyID) (ManifestKey, bool) {
 		return *k, true
 	}
 	return ManifestKey{}, false
+}
+
+// MayImport refuses a key from outside that the group has, or had, in any other way than spec says: what a key may do depends
+// on its purpose, and a destroyed one must not come back. To go on with an import, or to repeat one, is no second time.
+func (s *State) MayImport(spec hsm.KeySpec, spki []byte) error {
+	for _, k := range s.Keys() {
+		repeated := k.Label == spec.Label && k.Purpose == spec.Purpose && (k.State == StatePending || k.State == StateLive)
+		if bytes.Equal(k.SPKI, spki) && !repeated && k.State != StateAbandoned {
+			return fmt.Errorf("this key is in the group already, as key %s (%s:%s, %s): it is not taken in again", k.ID, k.Purpose, k.Label, k.State)
+		}
+	}
+	return nil
 }
 
 // Find returns the newest live or pending key of that label and purpose.

@@ -19,7 +19,7 @@ func (c *Coordinator) Verify(ctx context.Context) (Report, error) {
 	r := c.newReport(s)
 	live := s.In(StateLive)
 	for _, k := range live {
-		r.Keys = append(r.Keys, KeyReport{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, Fingerprint: fingerprint(k.SPKI), Copies: map[string]CopyReport{}})
+		r.Keys = append(r.Keys, KeyReport{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, Fingerprint: hsm.Fingerprint(k.SPKI), Copies: map[string]CopyReport{}})
 	}
 	all := c.survey(ctx, s.Members())
 	theirs := epochOf(serving(all, s.Domain))

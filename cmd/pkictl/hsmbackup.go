@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"trivet/hsm"
 	"trivet/hsmsync"
 	"trivet/hsmsync/custody"
 )
@@ -272,7 +273,7 @@ database: do that after each backup, and yearly.` + groupHelp,
 		open.Close()
 		r := restored{Group: bundle.Group, Digest: bundle.Digest, Created: bundle.Created, Keys: []keyInfo{}}
 		for _, k := range bundle.Keys {
-			r.Keys = append(r.Keys, keyInfo{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, State: "in the backup", SPKI: fingerprint(k.SPKI)})
+			r.Keys = append(r.Keys, keyInfo{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, State: "in the backup", SPKI: hsm.Fingerprint(k.SPKI)})
 		}
 		return r, nil
 	}, func(w io.Writer, r restored) { r.text(w) })

@@ -5,9 +5,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -40,15 +38,10 @@ func keyOf(k hsmsync.ManifestKey) keyInfo {
 		ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, State: string(k.State), Since: k.Since, Why: k.Note.Why, By: k.Note.By,
 	}
 	if len(k.SPKI) > 0 {
-		i.SPKI = fingerprint(k.SPKI)
+		i.SPKI = hsm.Fingerprint(k.SPKI)
 		i.Public = string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: k.SPKI}))
 	}
 	return i
-}
-
-func fingerprint(spki []byte) string {
-	sum := sha256.Sum256(spki)
-	return hex.EncodeToString(sum[:])
 }
 
 func (i keyInfo) text(w io.Writer) {
@@ -337,11 +330,8 @@ A key that was outside of an HSM may have copies elsewhere: destroy them.` + gra
 		if err != nil {
 			return change{}, err
 		}
-		// What a key may do depends on its purpose, and a destroyed one must not come back: one key, one entry.
-		for _, k := range st.Keys() {
-			if k.State != hsmsync.StateAbandoned && bytes.Equal(k.SPKI, spki) && (k.Label != spec.Label || k.Purpose != spec.Purpose || k.State == hsmsync.StateDestroyed) {
-				return change{}, fmt.Errorf("this key is in the group already, as key %s (%s:%s, %s): it is not taken in again", k.ID, k.Purpose, k.Label, k.State)
-			}
+		if err := st.MayImport(spec, spki); err != nil {
+			return change{}, err
 		}
 		approval := s.coordinator.ImportAct(spec, spki)
 		var record hsm.KeyRecord
@@ -349,7 +339,7 @@ A key that was outside of an HSM may have copies elsewhere: destroy them.` + gra
 			object: spec.Label,
 			steps: []string{
 				fmt.Sprintf("enter a key %s (%s, %s) as pending into the log of group %s", spec.Label, spec.Purpose, spec.Algorithm, s.cfg.HSM.Group),
-				fmt.Sprintf("bring the private key with public half %s into one member, clone it to the others, have each prove it", fingerprint(spki)),
+				fmt.Sprintf("bring the private key with public half %s into one member, clone it to the others, have each prove it", hsm.Fingerprint(spki)),
 				"enter it as live",
 			},
 			approval: &approval,

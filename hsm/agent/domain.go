@@ -65,7 +65,7 @@ func (s *Server) domainExport(ctx context.Context, by identity.Principal, req hs
 	if err != nil {
 		return wrappedDomain{}, s.refused(by, op, "", hsm.Errorf(hsm.ClassDenied, op, "%w", err))
 	}
-	transport := fingerprint(spki)
+	transport := hsm.Fingerprint(spki)
 	var known, guarded bool
 	roster := map[string]string{}
 	s.cfg.State.read(func(f facts) {
@@ -99,7 +99,7 @@ func (s *Server) domainExport(ctx context.Context, by identity.Principal, req hs
 			break
 		}
 	}
-	roster[fingerprint(own)] = s.cfg.Member
+	roster[hsm.Fingerprint(own)] = s.cfg.Member
 	detail := "group=" + req.Group + " to=" + to.String() + " transport=" + transport + " kek=" + cmp.Or(req.KEK, i.KEK) + " " + a.String()
 	return managed(ctx, s, by, act{op: op, object: to.Name, detail: detail}, func() (wrappedDomain, error) {
 		wrapped, kek, err := t.ExportDomain(req.KEK, spki)
@@ -125,7 +125,7 @@ func (s *Server) domainImport(ctx context.Context, by identity.Principal, req wr
 	if err != nil {
 		return none{}, err
 	}
-	c, err := openConveyed(s.cfg.Identity, req.KEK, req.Wrapped, fingerprint(own), s.cfg.Now())
+	c, err := openConveyed(s.cfg.Identity, req.KEK, req.Wrapped, hsm.Fingerprint(own), s.cfg.Now())
 	if err != nil {
 		return none{}, s.refused(by, op, req.KEK, err)
 	}
@@ -232,7 +232,7 @@ func (s *Server) backup(ctx context.Context, by identity.Principal, req hsm.Back
 	if err != nil {
 		return wrappedDomain{}, err
 	}
-	out, err := managed(ctx, s, by, act{op: op, object: req.Group, detail: "kek=" + t.Info().KEK + " recipient=" + fingerprint(req.Recipient) + " " + a.String()}, func() (wrappedDomain, error) {
+	out, err := managed(ctx, s, by, act{op: op, object: req.Group, detail: "kek=" + t.Info().KEK + " recipient=" + hsm.Fingerprint(req.Recipient) + " " + a.String()}, func() (wrappedDomain, error) {
 		wrapped, kek, err := t.ExportDomain("", req.Recipient)
 		return wrappedDomain{kek, wrapped}, err
 	})

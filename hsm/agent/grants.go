@@ -141,17 +141,17 @@ func (s *Server) fenced(op string, edit func(*facts)) error {
 
 func destroying(r hsm.DestroyRequest) deed {
 	return deed{op: "destroy", actions: []string{"key-destroy"}, object: r.Group + "/" + string(r.Key),
-		facts: map[string]string{"spki": fingerprint(r.SPKI)}, must: []string{"spki"}}
+		facts: map[string]string{"spki": hsm.Fingerprint(r.SPKI)}, must: []string{"spki"}}
 }
 
 func backingUp(r hsm.BackupRequest) deed {
 	return deed{op: "backup", actions: []string{"hsm-backup"}, object: r.Group,
-		facts: map[string]string{"recipient": fingerprint(r.Recipient)}, must: []string{"recipient"}}
+		facts: map[string]string{"recipient": hsm.Fingerprint(r.Recipient)}, must: []string{"recipient"}}
 }
 
 func adopting(r hsm.AdoptRequest) deed {
 	return deed{op: "adopt", actions: []string{"key-import"}, object: r.Group + "/" + r.Spec.Label, facts: map[string]string{
-		"spki": fingerprint(r.SPKI), "purpose": string(r.Spec.Purpose), "algorithm": string(r.Spec.Algorithm), "key": string(r.Spec.ID),
+		"spki": hsm.Fingerprint(r.SPKI), "purpose": string(r.Spec.Purpose), "algorithm": string(r.Spec.Algorithm), "key": string(r.Spec.ID),
 	}, must: []string{"spki", "purpose", "algorithm"}}
 }
 
@@ -169,12 +169,6 @@ const (
 	actionPromote = "site-promote"
 	actionRepair  = "hsm-epoch-repair"
 )
-
-// fingerprint is the hex SHA-256 by which people compare keys.
-func fingerprint(der []byte) string {
-	sum := sha256.Sum256(der)
-	return hex.EncodeToString(sum[:])
-}
 
 // checkGroup refuses a group whose name would make an object read differently than meant.
 func checkGroup(op, group string) error {

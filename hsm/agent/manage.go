@@ -207,7 +207,7 @@ func (s *Server) destroy(ctx context.Context, by identity.Principal, req hsm.Des
 	held := err == nil
 	switch {
 	case held && !bytes.Equal(k.SPKI, req.SPKI):
-		return none{}, hsm.Errorf(hsm.ClassRequest, op, "key %s has public key %s here, not %s", req.Key, fingerprint(k.SPKI), fingerprint(req.SPKI))
+		return none{}, hsm.Errorf(hsm.ClassRequest, op, "key %s has public key %s here, not %s", req.Key, hsm.Fingerprint(k.SPKI), hsm.Fingerprint(req.SPKI))
 	case held && k.Purpose == hsm.PurposeProbe:
 		return none{}, hsm.Errorf(hsm.ClassRequest, op, "key %s is the agent's own", req.Key)
 	}
@@ -221,7 +221,7 @@ func (s *Server) destroy(ctx context.Context, by identity.Principal, req hsm.Des
 			return none{}, err
 		}
 	}
-	_, err = managed(ctx, s, by, act{op: op, object: string(req.Key), detail: "spki=" + fingerprint(req.SPKI) + " " + a.String()}, func() (none, error) {
+	_, err = managed(ctx, s, by, act{op: op, object: string(req.Key), detail: "spki=" + hsm.Fingerprint(req.SPKI) + " " + a.String()}, func() (none, error) {
 		return none{}, t.Destroy(req.Key, req.SPKI)
 	})
 	switch {

@@ -108,7 +108,7 @@ func TransportFingerprint(id *identity.Identity, transport []byte, now time.Time
 	if err != nil {
 		return "", "", err
 	}
-	return fingerprint(spki), member, nil
+	return hsm.Fingerprint(spki), member, nil
 }
 
 // conveyed is a domain key as it travels. The receiving agent takes it because another agent says what it is; the carrier,

@@ -173,7 +173,7 @@ func TestADestroyedKeyIsReportedAsThere(t *testing.T) {
 	m.Serve()
 	k, c := newKey(t, m, "one"), m.Client(identity.RoleSync)
 	r := hsm.DestroyRequest{Group: "lab", Key: k.ID, SPKI: k.SPKI,
-		Grant: lab.Approved("key-destroy", "lab/"+string(k.ID), map[string]string{"spki": hsmtest.Fingerprint(k.SPKI)})}
+		Grant: lab.Approved("key-destroy", "lab/"+string(k.ID), map[string]string{"spki": hsm.Fingerprint(k.SPKI)})}
 	faults.Set("C_DestroyObject", "after fail 0x30 first 1")
 	if err := c.Destroy(within(t, 20*time.Second), r); err == nil {
 		t.Error("it reports success")

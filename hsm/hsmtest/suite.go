@@ -149,7 +149,7 @@ func (s suite) empty(t *testing.T) {
 	t.Run("a fresh token is empty and says who it is", func(t *testing.T) {
 		_, spki := s.transport(t)
 		i := s.info(t)
-		if i.Keys != 0 || i.Foreign != 0 || i.Faulty != 0 || i.KEK != "" || i.NextKEK != "" || i.Epoch != 0 || i.Digest != hsm.InventoryDigest(nil) || i.Transport != Fingerprint(spki) {
+		if i.Keys != 0 || i.Foreign != 0 || i.Faulty != 0 || i.KEK != "" || i.NextKEK != "" || i.Epoch != 0 || i.Digest != hsm.InventoryDigest(nil) || i.Transport != hsm.Fingerprint(spki) {
 			t.Errorf("%+v", i)
 		}
 	})
@@ -267,7 +267,7 @@ func (s suite) own(t *testing.T, kek string) hsm.DomainRequest {
 	t.Helper()
 	sent, spki := s.transport(t)
 	return hsm.DomainRequest{Group: group, KEK: kek, Recipient: sent,
-		Grant: s.Grant(t, "hsm-enroll", group+"/"+s.Member, map[string]string{"transport": Fingerprint(spki)})}
+		Grant: s.Grant(t, "hsm-enroll", group+"/"+s.Member, map[string]string{"transport": hsm.Fingerprint(spki)})}
 }
 
 func (s suite) domain(t *testing.T) {
@@ -339,7 +339,7 @@ func (s suite) adopt(t *testing.T, a hsm.Algorithm) {
 	ask := func(spec hsm.KeySpec, spki, sealed []byte) (hsm.KeyRecord, error) {
 		return s.Token.Adopt(s.ctx, hsm.AdoptRequest{Group: group, Spec: spec, SPKI: spki, Sealed: sealed,
 			Grant: s.Grant(t, "key-import", group+"/"+spec.Label, map[string]string{
-				"spki": Fingerprint(spki), "purpose": string(spec.Purpose), "algorithm": string(spec.Algorithm),
+				"spki": hsm.Fingerprint(spki), "purpose": string(spec.Purpose), "algorithm": string(spec.Algorithm),
 			})})
 	}
 	flipped := bytes.Clone(sealed)
@@ -494,7 +494,7 @@ func (s suite) crowd(t *testing.T, k hsm.KeyRecord) {
 func (s suite) remove(t *testing.T, k hsm.KeyRecord) {
 	t.Helper()
 	r := hsm.DestroyRequest{Group: group, Key: k.ID, SPKI: k.SPKI,
-		Grant: s.Grant(t, "key-destroy", group+"/"+string(k.ID), map[string]string{"spki": Fingerprint(k.SPKI)})}
+		Grant: s.Grant(t, "key-destroy", group+"/"+string(k.ID), map[string]string{"spki": hsm.Fingerprint(k.SPKI)})}
 	for range 2 {
 		if err := s.Token.Destroy(s.ctx, r); err != nil {
 			t.Errorf("destroying %s: %v", k.Label, err)
@@ -510,7 +510,7 @@ func (s suite) destroy(t *testing.T, keys map[hsm.Algorithm]hsm.KeyRecord) {
 		k, other := keys[hsm.P256], keys[hsm.P384]
 		for _, spki := range [][]byte{nil, []byte("rubbish"), other.SPKI} {
 			err := s.Token.Destroy(s.ctx, hsm.DestroyRequest{Group: group, Key: k.ID, SPKI: spki,
-				Grant: s.Grant(t, "key-destroy", group+"/"+string(k.ID), map[string]string{"spki": Fingerprint(spki)})})
+				Grant: s.Grant(t, "key-destroy", group+"/"+string(k.ID), map[string]string{"spki": hsm.Fingerprint(spki)})})
 			WantClass(t, err, hsm.ClassRequest)
 		}
 		s.listed(t, k, true)

@@ -8,9 +8,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"slices"
 	"sync"
@@ -73,12 +71,6 @@ func outsideKey(a hsm.Algorithm) (crypto.Signer, error) {
 	}
 	outside.next++
 	return outside.rsa[a][outside.next%2], nil
-}
-
-// Fingerprint is the hex SHA-256 by which people compare keys.
-func Fingerprint(der []byte) string {
-	sum := sha256.Sum256(der)
-	return hex.EncodeToString(sum[:])
 }
 
 // Tampered is every way to change one thing about a blob.

@@ -4,8 +4,6 @@
 package pkcs11
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"io"
 	"log/slog"
@@ -217,10 +215,9 @@ func (t *Token) Close() error {
 func (t *Token) Info() hsm.Info {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	fingerprint := sha256.Sum256(t.transport)
 	out := hsm.Info{
 		TokenSerial: t.info.SerialNumber, TokenLabel: t.label, Model: strings.TrimSpace(t.info.ManufacturerID + " " + t.info.Model),
-		KEK: t.current, NextKEK: t.next, Transport: hex.EncodeToString(fingerprint[:]), Foreign: t.foreign,
+		KEK: t.current, NextKEK: t.next, Transport: hsm.Fingerprint(t.transport), Foreign: t.foreign,
 	}
 	list := make([]hsm.KeyRecord, 0, len(t.keys))
 	for _, k := range t.keys {
