@@ -1,5 +1,7 @@
 package journal
 
+import "bytes"
+
 // File is what the journal does to a segment.
 type File = file
 
@@ -37,4 +39,29 @@ func Waiting(j *Journal) int {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return len(j.queue)
+}
+
+// WithSteps returns cfg with step called before and after each step of sealing and keeping segments.
+func WithSteps(cfg Config, step func(string)) Config {
+	cfg.step = step
+	return cfg
+}
+
+// ParseIndex reads data as the index of the second segment.
+func ParseIndex(data []byte) (s *Seal, carried []Carry, err error) {
+	seal, err := parseSeal(bytes.NewReader(data), int64(len(data)), 2)
+	if err != nil {
+		return nil, nil, err
+	}
+	carried, err = parseCarried(data, seal)
+	return &seal.Seal, carried, err
+}
+
+// ParsePacked unpacks data as a compressed segment and reads it as the first.
+func ParsePacked(data []byte) error {
+	plain, err := unpack(data)
+	if err == nil {
+		_, _, err = ParseSegment(plain, nil)
+	}
+	return err
 }

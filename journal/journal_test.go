@@ -26,6 +26,12 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("JOURNAL_TEST_WRITER"); dir != "" {
 		writeForEver(dir)
 	}
+	if dir := os.Getenv("JOURNAL_TEST_FAIL"); dir != "" {
+		failingNode(dir)
+	}
+	if step := os.Getenv("JOURNAL_TEST_DIE"); step != "" {
+		dieAt(os.Getenv("JOURNAL_TEST_DIR"), os.Getenv("JOURNAL_TEST_ARCHIVE"), step)
+	}
 	os.Exit(m.Run())
 }
 
@@ -47,12 +53,12 @@ func text(s string) journal.Record {
 	return journal.Record{Kind: journal.KindAudit, Payload: []byte(s)}
 }
 
-// texts returns the payloads of all records that are not starts.
+// texts returns the payloads of all records that are not the journal's own.
 func texts(t *testing.T, read func(func(journal.Entry) error) error) []string {
 	t.Helper()
 	var out []string
 	if err := read(func(e journal.Entry) error {
-		if e.Kind != journal.KindStart {
+		if e.Kind == journal.KindAudit {
 			out = append(out, string(e.Payload))
 		}
 		return nil
@@ -372,7 +378,7 @@ func TestSegmentsMissingShortenedOrSwappedAreRefused(t *testing.T) {
 	base := t.TempDir()
 	make := func(t *testing.T, dir string) {
 		cfg := config(dir)
-		cfg.SegmentSize = 400
+		cfg.SegmentSize, cfg.Plain = 400, true
 		j := open(t, cfg)
 		for n := range 12 {
 			if err := j.Append(text(strconv.Itoa(n))); err != nil {

@@ -16,9 +16,14 @@ const (
 	KindSign   Kind = 3 // Sign: a digest is about to be sent to an HSM
 	KindDone   Kind = 4 // Done: a fact is in the database, and may be released
 	KindVoid   Kind = 5 // Void: an intent of ours that will never be signed
-	KindRound  Kind = 6 // a recovery round began (protocols §3)
+	KindRound  Kind = 6 // Round: this node entered a recovery round (protocols §3)
 	KindCRL    Kind = 7 // CRL: a CRL is about to be signed
 	KindAudit  Kind = 8 // Audit: an act that is none of the above
+	KindHeld   Kind = 9 // Held: a done record of another node, kept for it
+
+	KindSeal    Kind = 32 // Seal: the last record of a segment
+	KindCarry   Kind = 33 // Carry: intents that are open at the end of a segment
+	KindSettled Kind = 34 // Settled: nothing of earlier incarnations is open any more
 )
 
 // String names the kind as reports do.
@@ -40,8 +45,26 @@ func (k Kind) String() string {
 		return "crl"
 	case KindAudit:
 		return "audit"
+	case KindSeal:
+		return "seal"
+	case KindCarry:
+		return "carry"
+	case KindSettled:
+		return "settled"
+	case KindHeld:
+		return "held"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
+}
+
+// ParseKind is the opposite of String.
+func ParseKind(name string) (Kind, bool) {
+	for k := KindStart; k <= KindSettled; k++ {
+		if k.String() == name {
+			return k, true
+		}
+	}
+	return 0, false
 }
 
 // Start opens an incarnation. The journal writes it itself.
@@ -52,16 +75,27 @@ type Start struct {
 	Cut         int64     `json:"cut,omitempty"` // bytes of a torn tail removed at this start
 }
 
-// Intent is a certificate about to be signed (I1). Serial is lower-case hex.
+// Intent is a certificate about to be signed (I1). Serial is lower-case hex. It holds all that the intent's row does, so that the row can be
+// put back into a database that lost it.
 type Intent struct {
 	Issuer    string `json:"issuer"`
 	Serial    string `json:"serial"`
 	Req       []byte `json:"req,omitempty"`  // SHA-256(principal ‖ 0 ‖ Idempotency-Key)
 	Body      []byte `json:"body,omitempty"` // SHA-256 of the parsed request
-	TBS       []byte `json:"tbs"`
+	TBS       []byte `json:"tbs,omitempty"`  // absent inside a Done that has the certificate
 	Requester string `json:"requester"`
 	Profile   string `json:"profile"`
 	Takeover  bool   `json:"takeover,omitempty"` // another node's intent, finished here
+
+	Ver            int       `json:"ver,omitempty"` // 1 if 0
+	ProfileVersion int       `json:"profile_version,omitempty"`
+	ProfileHash    []byte    `json:"profile_hash,omitempty"`
+	Reference      string    `json:"reference,omitempty"`
+	SiteEpoch      uint64    `json:"site_epoch,omitempty"`
+	Node           string    `json:"node,omitempty"` // that made the row
+	MAC            []byte    `json:"mac,omitempty"`
+	MACKey         []byte    `json:"mac_key,omitempty"` // id of the key that made MAC
+	Created        time.Time `json:"created,omitzero"`
 }
 
 // Sign is a digest about to be sent to an HSM.
@@ -86,8 +120,14 @@ type Done struct {
 	DER    []byte      `json:"der,omitempty"`
 	Lane   string      `json:"lane"`
 	Seq    uint64      `json:"seq"`
-	Kind   string      `json:"kind"` // DoneCert, DoneAbandoned, DoneRevocation
+	Kind   string      `json:"kind"` // DoneCert, DoneAbandoned, DoneRevocation, or crl
 	Event  *Revocation `json:"event,omitempty"`
+
+	N       uint64    `json:"n,omitempty"`     // place among the done records of the incarnation, from 1; holders take them in this order
+	Round   uint64    `json:"round,omitempty"` // newest recovery round when it was read back
+	Created time.Time `json:"created,omitzero"`
+	Intent  *Intent   `json:"intent,omitempty"` // the fact's intent, so that both rows can be put back
+	CRL     *CRL      `json:"crl,omitempty"`    // of a CRL: what was signed, without its content
 }
 
 // Revocation is one event of a serial's chain (protocols §1); the highest N wins.
@@ -98,6 +138,26 @@ type Revocation struct {
 	Date           time.Time  `json:"date"`
 	InvalidityDate *time.Time `json:"invalidity_date,omitempty"`
 	Actor          string     `json:"actor,omitempty"`
+
+	Comment   string    `json:"comment,omitempty"`
+	SiteEpoch uint64    `json:"site_epoch,omitempty"`
+	Created   time.Time `json:"created,omitzero"`
+}
+
+// Round is a recovery round that this node entered: nothing read back before it is released any more.
+type Round struct {
+	N     uint64 `json:"n"`
+	Ended uint64 `json:"ended"`           // newest round that this node knows to have ended, N at most: the newest in which anything was released
+	Cause string `json:"cause,omitempty"` // set by the node that began the round
+}
+
+// Held is a done record of another node's incarnation, kept in case that node and the database both lose it.
+type Held struct {
+	Owner       string          `json:"owner"`
+	Incarnation string          `json:"incarnation"` // lower-case hex
+	N           uint64          `json:"n"`           // Done.N
+	Chain       []byte          `json:"chain"`       // SHA-256 of the chain before and of Record; the first one's chain before is empty
+	Record      json.RawMessage `json:"record"`      // the owner's payload, byte for byte
 }
 
 // Void is an intent of this node that will never be signed.
@@ -125,6 +185,54 @@ type Audit struct {
 	Detail  string `json:"detail,omitempty"`
 }
 
+// Settled says that the database knows every intent of earlier incarnations, by whatever fate: a later start need not look at them again.
+type Settled struct {
+	Intents int `json:"intents"` // how many were open
+}
+
+// Carry repeats intents that are open at the end of a segment. The journal writes it itself, before a Seal.
+type Carry struct {
+	Open []Carried `json:"open"`
+}
+
+// Carried is an open intent.
+type Carried struct {
+	Incarnation string          `json:"incarnation"` // that began it, lower-case hex
+	Time        time.Time       `json:"time"`        // when
+	Intent      json.RawMessage `json:"intent"`      // Intent, as journalled
+}
+
+// Seal ends a segment. The journal writes it itself. With the carry records before it, it holds all that a start needs of this segment and of
+// those before, and what tells a reader whether to look into the segment.
+type Seal struct {
+	Node     string            `json:"node"`
+	Segment  uint64            `json:"segment"`
+	Prev     []byte            `json:"prev"`            // hash of the last record of the segment before; zeros in the first
+	Records  uint64            `json:"records"`         // in the segment, without carry and seal
+	Kinds    map[string]uint64 `json:"kinds"`           // of these: how many, by kind, by kind of done as "done cert", by event of audit as "audit revoke"
+	Runs     []Run             `json:"runs"`            // all offsets in the segment, carry and seal included
+	First    time.Time         `json:"first"`           // earliest time of a record
+	Last     time.Time         `json:"last"`            // latest
+	Lanes    map[string]Range  `json:"lanes,omitempty"` // of done records
+	Released []Done            `json:"released,omitempty"`
+	CRLs     map[string]uint64 `json:"crls,omitempty"`
+	Round    json.RawMessage   `json:"round,omitempty"`
+}
+
+// Run is the records of one incarnation in a segment.
+type Run struct {
+	Incarnation string    `json:"incarnation"` // lower-case hex
+	First       uint64    `json:"first"`       // offset
+	Last        uint64    `json:"last"`
+	Until       time.Time `json:"until"` // time of the last one
+}
+
+// Range is the numbers of one lane in a segment; not all between need be there.
+type Range struct {
+	First uint64 `json:"first"`
+	Last  uint64 `json:"last"`
+}
+
 // New makes a record of one of this package's payloads; the kind follows from its type. It fails on any other type, and on a time that
 // JSON cannot hold (years outside 0 to 9999).
 func New(payload any) (Record, error) {
@@ -142,8 +250,18 @@ func New(payload any) (Record, error) {
 		k = KindVoid
 	case CRL, *CRL:
 		k = KindCRL
+	case Round, *Round:
+		k = KindRound
+	case Held, *Held:
+		k = KindHeld
 	case Audit, *Audit:
 		k = KindAudit
+	case Seal, *Seal:
+		k = KindSeal
+	case Carry, *Carry:
+		k = KindCarry
+	case Settled, *Settled:
+		k = KindSettled
 	default:
 		return Record{}, fmt.Errorf("encoding a journal record: %T is no payload", payload)
 	}
@@ -151,7 +269,7 @@ func New(payload any) (Record, error) {
 	if err != nil {
 		return Record{}, fmt.Errorf("encoding a %s record: %w", k, err)
 	}
-	return Record{Kind: k, Payload: b}, nil
+	return Record{Kind: k, Payload: b, known: aboutOf(payload)}, nil
 }
 
 // Decode reads the payload into p, a pointer to one of this package's types. Unknown fields are left out, so that an older reader can read a newer journal.

@@ -3,11 +3,7 @@ package journal
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
-	"sort"
-	"strconv"
-	"strings"
 	"time"
 )
 
@@ -22,35 +18,16 @@ type Entry struct {
 // ErrCorrupt is in the chain of every error that says the journal does not hold what was once durable.
 var ErrCorrupt = errors.New("journal is damaged")
 
-const suffix = ".journal"
+// ErrArchived is in the chain of every error that says that records which are asked for are not in this directory any more.
+var ErrArchived = errors.New("the segment is in the archive and not here any more")
 
-func segmentName(number uint64) string { return fmt.Sprintf("%010d%s", number, suffix) }
+// ErrNoPlace is returned by Select for a Query.From that the journal does not hold.
+var ErrNoPlace = errors.New("the journal holds no such record")
 
-// segments lists the segment numbers in dir. They must run from 1 without a gap.
-func segments(dir string) ([]uint64, error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("reading journal: %w", err)
-	}
-	var numbers []uint64
-	for _, e := range entries {
-		base, ok := strings.CutSuffix(e.Name(), suffix)
-		if !ok {
-			continue
-		}
-		n, err := strconv.ParseUint(base, 10, 64)
-		if err != nil || segmentName(n) != e.Name() {
-			return nil, fmt.Errorf("reading journal: %s is not a segment's name: move it away", filepath.Join(dir, e.Name()))
-		}
-		numbers = append(numbers, n)
-	}
-	sort.Slice(numbers, func(i, j int) bool { return numbers[i] < numbers[j] })
-	for i, n := range numbers {
-		if n != uint64(i)+1 {
-			return nil, fmt.Errorf("reading journal: %w: segment %s is missing: restore it", ErrCorrupt, filepath.Join(dir, segmentName(uint64(i)+1)))
-		}
-	}
-	return numbers, nil
+// Place names one record for ever.
+type Place struct {
+	Incarnation [16]byte
+	Offset      uint64
 }
 
 // cursor follows the chain from frame to frame and from segment to segment.
@@ -118,46 +95,96 @@ func (c *cursor) follow(e Entry) error {
 	return fmt.Errorf("record %d of incarnation %x does not follow record %d of %x", e.Offset, e.Incarnation, int64(c.next)-1, c.incarnation)
 }
 
-// ReadDir calls fn with every record in dir, oldest first, verifying the whole chain. It changes nothing and takes no lock: a live writer's
+// jump goes behind a sealed segment without reading it.
+func (c *cursor) jump(s *sealed) {
+	c.hash, c.incarnation, c.next, c.started = s.hash, s.entry.Incarnation, s.entry.Offset+1, true
+}
+
+// ReadDir calls fn with every record in dir, oldest first, verifying the whole chain; segments that are in the archive alone are passed over. It changes nothing and takes no lock: a live writer's
 // directory may be read, and a torn tail, or a tail still being written, ends the reading without an error. An error of fn ends it at once.
 // An entry's payload may be kept.
 func ReadDir(dir string, fn func(Entry) error) error {
-	var c cursor
+	c := catalog{dir: dir}
+	if err := c.scan(); err != nil {
+		return err
+	}
+	return c.walk(nil, nil, fn)
+}
+
+// walk calls fn with the records that q selects, oldest first. Without q that is every record that is here. It ends at tip, or without one at the
+// end, which a live writer may move meanwhile.
+func (c *catalog) walk(q *Query, tip *tip, fn func(Entry) error) error {
+	var cur cursor
+	reached := q == nil || q.From == nil
+	visit := fn
+	if q != nil {
+		visit = func(e Entry) error {
+			if !reached {
+				reached = Place{e.Incarnation, e.Offset} == *q.From
+				return nil
+			}
+			if ok, err := q.wants(e); err != nil || !ok {
+				return err
+			}
+			return fn(e)
+		}
+	}
 	for number := uint64(1); ; number++ {
-		numbers, err := segments(dir)
-		if err != nil {
-			return err
+		segments := c.all()
+		if number > uint64(len(segments)) || tip != nil && number > tip.number {
+			break
 		}
-		if number > uint64(len(numbers)) {
-			return nil
-		}
-		path := filepath.Join(dir, segmentName(number))
-		data, err := os.ReadFile(path)
-		if err != nil {
+		s := &segments[number-1]
+		if err := c.know(s); err != nil {
 			return fmt.Errorf("reading journal: %w", err)
 		}
-		end, torn, err := c.segment(number, data, 0, fn)
-		if err != nil {
-			return fmt.Errorf("reading journal %s: %w", path, err)
+		if s.seal != nil && (q == nil && !s.here() && c.archive == "" || q != nil && (reached && !s.seal.mayHold(q) || !reached && !s.seal.holds(*q.From))) {
+			cur.jump(s.seal)
+			continue
 		}
-		if numbers, err = segments(dir); err != nil {
+		if err := c.read(s, &cur, tip, visit); err != nil {
+			return fmt.Errorf("reading journal %s: %w", filepath.Join(c.dir, segmentName(number)), err)
+		}
+	}
+	if !reached {
+		return ErrNoPlace
+	}
+	return nil
+}
+
+// read walks one segment.
+func (c *catalog) read(s *segment, cur *cursor, tip *tip, fn func(Entry) error) error {
+	data, err := c.load(s)
+	if err != nil {
+		return err
+	}
+	open := s.seal == nil && (tip == nil || s.number == tip.number) // its end is not known yet
+	if open && tip != nil {
+		if int64(len(data)) < tip.size {
+			return fmt.Errorf("%w: shorter than what was written", ErrCorrupt)
+		}
+		data, open = data[:tip.size], false
+	}
+	end, torn, err := cur.segment(s.number, data, 0, fn)
+	if err == nil && open {
+		if err := c.scan(); err != nil {
 			return err
 		}
-		if number == uint64(len(numbers)) {
+		if s.number == uint64(len(c.all())) {
 			return nil
 		}
 		// There is a next segment, so this one is complete now. A live writer may have finished it after it was read above.
-		if info, err := os.Stat(path); err == nil && torn == "" && info.Size() == int64(len(data)) {
-			continue
-		}
-		if data, err = os.ReadFile(path); err != nil {
-			return fmt.Errorf("reading journal: %w", err)
-		}
-		if end, torn, err = c.segment(number, data, end, fn); err == nil && torn != "" {
-			err = fmt.Errorf("%w: at byte %d: %s, with a segment after it", ErrCorrupt, end, torn)
-		}
-		if err != nil {
-			return fmt.Errorf("reading journal %s: %w", path, err)
+		if data, err = c.load(s); err == nil {
+			end, torn, err = cur.segment(s.number, data, end, fn)
 		}
 	}
+	switch {
+	case err != nil:
+		return err
+	case torn != "":
+		return fmt.Errorf("%w: at byte %d: %s, with a segment after it", ErrCorrupt, end, torn)
+	case s.seal != nil && cur.hash != s.seal.hash:
+		return fmt.Errorf("%w: it does not end as its index says", ErrCorrupt)
+	}
+	return nil
 }
