@@ -24,6 +24,7 @@ type Certificate struct {
 	Intent     Intent
 	Outcome    *Outcome    // the highest version; nil: pending
 	Revocation *Revocation // the latest event; nil: none
+	Round      RoundState  // as of the same reading
 }
 
 // Status returns the certificate's state at a time. Revoked outranks expired.
@@ -44,7 +45,7 @@ func (c *Certificate) Status(at time.Time) string {
 }
 
 // certificateQuery joins a serial's intent with its highest outcome and latest revocation event.
-var certificateQuery = "SELECT " + issuedColumns + ", " + prefixed("r", revocationColumns) + ` FROM intent i
+var certificateQuery = "SELECT " + issuedColumns + ", " + prefixed("r", revocationColumns) + ", " + roundColumns + ` FROM intent i
 	LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
 		AND o.ver = (SELECT MAX(x.ver) FROM outcome x WHERE x.issuer = i.issuer AND x.serial = i.serial)
 	LEFT JOIN revocation r ON r.issuer = i.issuer AND r.serial = i.serial
@@ -57,11 +58,12 @@ func (s *Store) certificates(ctx context.Context, op, where string, args ...any)
 		out = nil
 		return query(ctx, c, func(r *sql.Rows) error {
 			var rev nullRevocation
-			row, err := scanIssued(r, rev.dest()...)
+			var round RoundState
+			row, err := scanIssued(r, append(rev.dest(), &round.N, &round.Ended)...)
 			if err != nil {
 				return err
 			}
-			out = append(out, Certificate{Intent: *row.Intent, Outcome: row.Outcome, Revocation: rev.revocation()})
+			out = append(out, Certificate{Intent: *row.Intent, Outcome: row.Outcome, Revocation: rev.revocation(), Round: round})
 			return nil
 		}, certificateQuery+where, args...)
 	})

@@ -16,6 +16,10 @@ type Member struct {
 	Address     string // host:port of its mTLS listener
 	Incarnation []byte // 16 octets
 	Created     time.Time
+
+	// Prior and PriorPolicy are address and policy of the process that had the name until this event and did not go out; empty: none. Only Members
+	// fills them in.
+	Prior, PriorPolicy string
 }
 
 // SiteEpoch is a promotion: which site writes from then on.
@@ -55,10 +59,12 @@ func (s *Store) Members(ctx context.Context) ([]Member, error) {
 		out = nil
 		return query(ctx, c, func(r *sql.Rows) error {
 			var m Member
-			err := r.Scan(&m.VA, &m.N, &m.Event, &m.Policy, &m.Address, &m.Incarnation, &m.Created)
+			err := r.Scan(&m.VA, &m.N, &m.Event, &m.Policy, &m.Address, &m.Incarnation, &m.Created, &m.Prior, &m.PriorPolicy)
 			out = append(out, m)
 			return err
-		}, "SELECT "+memberColumns+" FROM va_member m WHERE n = (SELECT MAX(x.n) FROM va_member x WHERE x.va = m.va) ORDER BY va")
+		}, "SELECT "+prefixed("m", memberColumns)+`, COALESCE(p.address, ''), COALESCE(p.policy, '') FROM va_member m
+			LEFT JOIN va_member p ON p.va = m.va AND p.n + 1 = m.n AND p.event = 'in'
+			WHERE m.n = (SELECT MAX(x.n) FROM va_member x WHERE x.va = m.va) ORDER BY m.va`)
 	})
 	return out, err
 }
@@ -97,6 +103,11 @@ func (s *Store) GroupLog(ctx context.Context, group string, from uint32) ([]Grou
 // GroupLogEnd returns the newest event of a key group's chain, causally read: none while the chain is empty.
 func (s *Store) GroupLogEnd(ctx context.Context, group string) ([]GroupEvent, error) {
 	return s.groupLog(ctx, "WHERE key_group = ? ORDER BY n DESC LIMIT 1", group)
+}
+
+// GroupLogEnds returns the newest event of every chain, causally read, in the order of their names.
+func (s *Store) GroupLogEnds(ctx context.Context) ([]GroupEvent, error) {
+	return s.groupLog(ctx, "JOIN (SELECT key_group AS chain, MAX(n) AS newest FROM group_log GROUP BY key_group) ends ON key_group = chain AND n = newest ORDER BY key_group")
 }
 
 func (s *Store) groupLog(ctx context.Context, which string, args ...any) ([]GroupEvent, error) {

@@ -22,6 +22,11 @@ import (
 const (
 	dialTimeout = time.Second
 	ioTimeout   = 5 * time.Second
+
+	// What nobody waits for any more is not left running on the server: it holds locks, and a hung node's piles up. Reads are given
+	// longer, because the time to fetch many rows counts.
+	writeStatement = 2 * ioTimeout
+	readStatement  = time.Minute
 )
 
 // node is one member of the cluster as this process sees it.
@@ -31,14 +36,22 @@ type node struct {
 	causal  *sql.DB // wsrep_sync_wait=1: reads see every commit acknowledged before they began
 	fresh   *sql.DB // causal, and every connection is new
 	probe   *sql.DB // one connection, not closed by a demotion
+	audit   *sql.DB // causal; one connection, not closed by a demotion
+
+	ping *sql.DB // causal; one connection, not closed by a demotion
 
 	kick chan struct{} // asks for a probe now
 
-	mu     sync.Mutex
-	health NodeHealth
-	marked time.Time // last demotion by a caller; a probe that began earlier does not overrule it
-	epoch  uint64    // rises at every demotion; connections of an older epoch are not used again
-	socks  map[*socket]struct{}
+	mu       sync.Mutex
+	health   NodeHealth
+	answered NodeHealth // what the last probe that was well found, whatever was made of it
+	found    *finding   // it holds other contents than the others
+	compared time.Time  // with the others, last
+	pace     pace
+	accused  []stretch // to be compared next
+	marked   time.Time // last demotion by a caller; a probe that began earlier does not overrule it
+	epoch    uint64    // rises at every demotion; connections of an older epoch are not used again
+	socks    map[*socket]struct{}
 }
 
 func newNode(cfg Config, address string) (*node, error) {
@@ -56,16 +69,18 @@ func newNode(cfg Config, address string) (*node, error) {
 		return db, nil
 	}
 	few := max(4, cfg.MaxConns/2)
-	var err [4]error
+	var err [6]error
 	n.write, err[0] = pool(kind{tracked: true}, cfg.MaxConns, cfg.MaxConns)
 	n.causal, err[1] = pool(kind{syncWait: 1, tracked: true}, few, few)
 	n.fresh, err[2] = pool(kind{syncWait: 1, tracked: true}, few, -1)
 	n.probe, err[3] = pool(kind{}, 1, 1)
+	n.ping, err[5] = pool(kind{syncWait: 1}, 1, 1)
+	n.audit, err[4] = pool(kind{syncWait: 1}, 1, 1)
 	return n, errors.Join(err[:]...)
 }
 
 func (n *node) close() error {
-	err := errors.Join(n.write.Close(), n.causal.Close(), n.fresh.Close(), n.probe.Close())
+	err := errors.Join(n.write.Close(), n.causal.Close(), n.fresh.Close(), n.probe.Close(), n.audit.Close(), n.ping.Close())
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.drop()
@@ -142,6 +157,13 @@ func newConnector(cfg Config, n *node, what kind) (*connector, error) {
 		"tx_isolation":             "'READ-COMMITTED'",
 		"innodb_lock_wait_timeout": "3",
 		"wsrep_sync_wait":          strconv.Itoa(what.syncWait),
+	}
+	if what.tracked {
+		limit := readStatement
+		if what.syncWait == 0 {
+			limit = writeStatement
+		}
+		c.Params["max_statement_time"] = strconv.Itoa(int(limit.Seconds()))
 	}
 	c.Logger = &mysql.NopLogger{} // every error it would log is returned
 	if cfg.TLS != nil {

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Fact is something to append to a lane: exactly one field is set. Append fills in Lane and Seq of
+// Fact is something to append to a lane: exactly one field is set, but for Intent. Append fills in Lane and Seq of
 // those that have them, and Created where it is zero.
 type Fact struct {
 	Outcome    *Outcome
@@ -18,16 +18,19 @@ type Fact struct {
 	Generation *GenerationEvent
 	Responder  *Responder
 
+	Intent *Intent // beside Outcome, by recovery: put into the record in the same transaction unless its keys are taken
+
 	closedBy string // the lane's end; no table but the feed
 }
 
 // entry is a fact ready to be numbered.
 type entry struct {
-	feed  FeedRow                             // without lane, seq and chain
-	table *table                              // nil for the lane's end
-	key   []any                               // of the fact's own row
-	row   func(lane string, seq uint64) []any // of the fact's own row
-	place func(lane string, seq uint64)       // tells the caller's struct where it is
+	intent *Intent
+	feed   FeedRow                             // without lane, seq and chain
+	table  *table                              // nil for the lane's end
+	key    []any                               // of the fact's own row
+	row    func(lane string, seq uint64) []any // of the fact's own row
+	place  func(lane string, seq uint64)       // tells the caller's struct where it is
 }
 
 // entry checks a fact and encodes it. now is used where Created is not set.
@@ -62,6 +65,17 @@ func (f *Fact) entry(now time.Time) (entry, error) {
 		e.feed.Issuer, e.feed.Serial = o.Issuer, o.Serial
 		e.table, e.key, e.row = outcomeTable, []any{o.Issuer, o.Serial, o.Ver}, o.row
 		e.place = func(lane string, seq uint64) { o.Lane, o.Seq = lane, seq }
+		if f.Intent != nil {
+			row := *f.Intent
+			if row.Ver == 0 {
+				row.Ver = 1
+			}
+			row.Created = micros(row.Created)
+			if err := row.check(); err != nil {
+				return e, err
+			}
+			e.intent = &row
+		}
 	}
 	if r := f.Revocation; r != nil {
 		set++

@@ -18,7 +18,8 @@ import (
 // Each fault of COMMIT in both forms: not done, and done but reported failed.
 func TestLostAnswerOfCommit(t *testing.T) {
 	c := cluster.Need(t)
-	for name, fault := range map[string]fault{"not done": cutBefore, "done but reported failed": cutAfter} {
+	for name, fault := range map[string]fault{"not done": cutBefore, "cut within the command": cutCommand, "done but reported failed": cutAfter,
+		"cut within the answer": cutWithin} {
 		t.Run(name, func(t *testing.T) {
 			cfg := c.New(t)
 			p := newProxy(t, cfg.Nodes[0])
@@ -53,6 +54,39 @@ func TestLostAnswerOfCommit(t *testing.T) {
 				t.Errorf("%d feed rows, want 3", len(rows))
 			}
 		})
+	}
+}
+
+// A statement before COMMIT is cut, and the connection with it, on a node that is the only one: nothing happened, and the transaction is run again.
+func TestLostStatement(t *testing.T) {
+	c := cluster.Need(t)
+	for name, fault := range map[string]fault{"not done": cutBefore, "cut within the command": cutCommand, "done but reported failed": cutAfter,
+		"cut within the answer": cutWithin} {
+		for _, on := range []string{"START TRANSACTION", "INSERT"} {
+			t.Run(on+", "+name, func(t *testing.T) {
+				cfg := c.New(t)
+				p := newProxy(t, cfg.Nodes[0])
+				cfg.Nodes, p.on = []string{p.addr}, on
+				s := dbtest.Open(t, cfg)
+				lane := openLane(t, s, "ca1", incarnation(1))
+				in := intent("demo-g1", "ca1", "a")
+				p.next(fault)
+				rows := insert(t, s, in)
+				if !bytes.Equal(rows[0].Serial, in.Serial) {
+					t.Error("the intent is not its own")
+				}
+				p.next(fault)
+				if res := appendAll(t, lane, certificate(rows[0], "ca1")); res[0].Seq != 1 {
+					t.Errorf("got %+v", res)
+				}
+				if p.hits() != 2 {
+					t.Errorf("the proxy interfered %d times, want 2", p.hits())
+				}
+				if rows := checkLanes(t, s); len(rows) != 1 {
+					t.Errorf("%d feed rows, want 1", len(rows))
+				}
+			})
+		}
 	}
 }
 

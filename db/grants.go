@@ -22,14 +22,14 @@ type UserSpec struct {
 
 // all is every table of the record.
 var all = []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder",
-	"crl", "crl_result", "va_member", "site_epoch", "group_log", "round", "recon"}
+	"crl", "crl_result", "va_member", "site_epoch", "group_log", "round", "recon", "round_end", "key_use", "blocked_key"}
 
 // rights says what each role may read and add to. Nobody may change or remove a row.
 var rights = map[string]struct{ read, add []string }{
 	"ca": {read: all, add: []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder",
-		"crl", "crl_result", "va_member", "round", "recon"}},
+		"crl", "crl_result", "va_member", "round", "recon", "round_end", "key_use", "blocked_key"}},
 	"ocsp": {read: []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder",
-		"crl", "crl_result", "va_member", "site_epoch", "round", "recon", "group_log"}, add: []string{"va_member"}},
+		"crl", "crl_result", "va_member", "site_epoch", "round", "recon", "round_end", "group_log"}, add: []string{"va_member"}},
 	"sync":     {read: []string{"generation", "generation_log", "responder", "site_epoch", "group_log"}, add: []string{"group_log"}},
 	"ceremony": {read: all, add: all},
 	"fsck":     {read: all},

@@ -31,7 +31,7 @@ func (s *Store) Run(ctx context.Context) error {
 			tick := time.NewTicker(probeEvery)
 			defer tick.Stop()
 			for {
-				s.check(ctx, n)
+				s.check(ctx, n, true)
 				select {
 				case <-tick.C:
 				case <-n.kick:
@@ -41,6 +41,11 @@ func (s *Store) Run(ctx context.Context) error {
 			}
 		})
 	}
+	for _, n := range s.nodes {
+		wg.Go(func() { s.pingLoop(ctx, n) })
+	}
+	wg.Go(func() { s.paceLoop(ctx) })
+	wg.Go(func() { s.auditAll(ctx) })
 	wg.Wait()
 	return nil
 }
@@ -52,13 +57,13 @@ func (s *Store) ensureProbed(ctx context.Context) {
 	}
 	var wg sync.WaitGroup
 	for _, n := range s.nodes {
-		wg.Go(func() { s.check(ctx, n) })
+		wg.Go(func() { s.check(ctx, n, false) })
 	}
 	wg.Wait()
 }
 
-// check probes one node and records the result.
-func (s *Store) check(ctx context.Context, n *node) {
+// check probes one node and records the result. With compare, a node that comes into use is compared with the others first.
+func (s *Store) check(ctx context.Context, n *node, compare bool) {
 	began := time.Now()
 	pctx, cancel := context.WithTimeout(ctx, probeDeadline)
 	h, err := probe(pctx, n.probe)
@@ -74,6 +79,22 @@ func (s *Store) check(ctx context.Context, n *node) {
 			h.Cause = fmt.Sprintf("probe not answered within %s", probeDeadline)
 		}
 	}
+	if h.Cause == "" {
+		n.mu.Lock()
+		n.answered = h
+		n.mu.Unlock()
+		if compare {
+			h.Cause, h.Diverged = s.admit(ctx, n, h)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+	} else {
+		n.mu.Lock()
+		n.answered = NodeHealth{}
+		n.mu.Unlock()
+	}
+	s.signs.observe(n, h.view, h.primary && !h.Diverged, time.Now())
 	s.record(n, h, began)
 }
 
@@ -85,7 +106,10 @@ func (s *Store) record(n *node, h NodeHealth, began time.Time) {
 		n.mu.Unlock()
 		return // a call saw it fail after this probe began
 	}
-	h.Address, h.Healthy, h.Since = n.address, h.Cause == "", old.Since
+	h.Address, h.Healthy, h.Since, h.Slow = n.address, h.Cause == "", old.Since, ""
+	if h.Healthy {
+		h.Slow = n.pace.slow
+	}
 	if h.Healthy != old.Healthy || old.Since.IsZero() {
 		h.Since = s.cfg.Now()
 	}
@@ -94,6 +118,20 @@ func (s *Store) record(n *node, h NodeHealth, began time.Time) {
 		n.drop()
 	}
 	n.mu.Unlock()
+	if h.Diverged != old.Diverged {
+		if h.Diverged {
+			s.metrics.diverged.WithLabelValues(n.address).Set(1)
+			s.cfg.Log.Error("database node diverged and is kept out of use", "node", n.address, "cause", h.Cause)
+		} else if h.Healthy {
+			s.metrics.diverged.WithLabelValues(n.address).Set(0)
+			s.cfg.Log.Info("database node holds what the others do again", "node", n.address)
+		} else {
+			h.Diverged = old.Diverged // it is down, which is not the same as well
+			n.mu.Lock()
+			n.health.Diverged = old.Diverged
+			n.mu.Unlock()
+		}
+	}
 	if h.Healthy == old.Healthy {
 		return
 	}
@@ -135,7 +173,8 @@ func (n *node) askProbe() {
 func probe(ctx context.Context, db *sql.DB) (NodeHealth, error) {
 	var h NodeHealth
 	rows, err := db.QueryContext(ctx, `SHOW GLOBAL STATUS WHERE Variable_name IN
-		('wsrep_ready', 'wsrep_cluster_status', 'wsrep_local_state', 'wsrep_local_state_comment', 'wsrep_cluster_size')`)
+		('wsrep_ready', 'wsrep_cluster_status', 'wsrep_local_state', 'wsrep_local_state_comment', 'wsrep_cluster_size', 'wsrep_local_state_uuid',
+		'wsrep_cluster_state_uuid', 'wsrep_cluster_conf_id', 'Uptime')`)
 	if err != nil {
 		return h, err
 	}
@@ -152,7 +191,13 @@ func probe(ctx context.Context, db *sql.DB) (NodeHealth, error) {
 		return h, err
 	}
 	h.State = status["wsrep_local_state_comment"]
+	h.view.uuid = status["wsrep_cluster_state_uuid"]
+	h.view.conf, _ = strconv.ParseUint(status["wsrep_cluster_conf_id"], 10, 64) // the largest number while in no primary component
+	age, _ := strconv.Atoi(status["Uptime"])
+	h.view.started = time.Now().Add(-time.Duration(age) * time.Second)
+	h.primary = status["wsrep_cluster_status"] == "Primary" && status["wsrep_local_state"] == "4"
 	h.Size, _ = strconv.Atoi(status["wsrep_cluster_size"]) // "" while it starts
+	h.History = status["wsrep_local_state_uuid"]
 	var readOnly bool
 	var reject string
 	if status["wsrep_ready"] != "ON" {
@@ -180,11 +225,17 @@ func (s *Store) candidates() ([]*node, <-chan struct{}) {
 	s.mu.Lock()
 	changed := s.changed
 	s.mu.Unlock()
-	var out []*node
+	var out, slow []*node
 	for _, n := range s.nodes {
-		if n.status().Healthy {
+		switch h := n.status(); {
+		case h.Healthy && h.Slow == "":
 			out = append(out, n)
+		case h.Healthy:
+			slow = append(slow, n)
 		}
+	}
+	if len(out) == 0 {
+		out = slow // better than none
 	}
 	return out, changed
 }

@@ -38,6 +38,32 @@ func (t *table) insert(ctx context.Context, tx *sql.Tx, verb string, rows [][]an
 	return res.RowsAffected()
 }
 
+// insertAfter is insert into the feed, for rows that follow row seq of a lane: none goes in where that row is not to be seen. Rows are never
+// removed, so what this transaction sees was committed before it, and stays before it. A lane thus cannot go on beyond rows that the
+// database lost.
+func insertAfter(ctx context.Context, tx *sql.Tx, rows [][]any, lane string, seq uint64) error {
+	if seq == 0 {
+		_, err := feedTable.insert(ctx, tx, "INSERT", rows)
+		return err
+	}
+	one := "SELECT " + strings.TrimSuffix(strings.Repeat("?,", len(feedTable.columns)), ",")
+	q := "INSERT INTO feed (" + feedColumns + ") " + one + " FROM feed WHERE lane = ? AND seq = ?" + strings.Repeat(" UNION ALL "+one, len(rows)-1)
+	args := make([]any, 0, len(rows)*len(feedTable.columns)+2)
+	for i, r := range rows {
+		if args = append(args, r...); i == 0 {
+			args = append(args, lane, seq)
+		}
+	}
+	res, err := tx.ExecContext(ctx, q, args...)
+	if err != nil {
+		return fmt.Errorf("inserting %d rows into feed: %w", len(rows), err)
+	}
+	if n, err := res.RowsAffected(); err != nil || n != int64(len(rows)) {
+		return errors.Join(fmt.Errorf("row %d of lane %s: %w", seq, lane, ErrBehind), err)
+	}
+	return nil
+}
+
 // whereKeys returns a condition that matches the given keys; an OR of equalities uses the index,
 // an IN of tuples does not.
 func (t *table) whereKeys(keys [][]any) (string, []any) {

@@ -1,6 +1,7 @@
 package db
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"database/sql"
@@ -27,22 +28,32 @@ type Intent struct {
 	Reference      string
 	SiteEpoch      uint64
 	Node           string
-	MAC            []byte // 32 octets or nil
+	MAC            []byte // HMAC-SHA-256, see MACKeys; nil: none
 	Created        time.Time
+	MACKey         []byte // id of the key that made MAC, 8 octets; nil: none
+
+	// Key is the SHA-256 of the subject's DER SubjectPublicKeyInfo, 32 octets: InsertIntents adds the intent to that key's chain, unless the key
+	// is blocked. nil: it is not looked at. It is not a column, and not filled in by reading.
+	Key []byte
+	// Blocked says that InsertIntents did not insert the intent because its key is blocked.
+	Blocked bool
 }
 
-const intentColumns = "issuer, serial, req, ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, created"
+// id is the primary key, for maps.
+func (i *Intent) id() string { return i.Issuer + "/" + string(i.Serial) }
+
+const intentColumns = "issuer, serial, req, ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, created, mac_key"
 
 var intentTable = &table{name: "intent", columns: strings.Split(intentColumns, ", "), key: 2}
 
 func (i *Intent) row() []any {
 	return []any{i.Issuer, i.Serial, i.Req, i.Ver, i.Body, i.TBS, i.Profile, i.ProfileVersion, i.ProfileHash,
-		i.Requester, i.Reference, i.SiteEpoch, i.Node, i.MAC, i.Created}
+		i.Requester, i.Reference, i.SiteEpoch, i.Node, i.MAC, i.Created, i.MACKey}
 }
 
 func (i *Intent) dest() []any {
 	return []any{&i.Issuer, &i.Serial, &i.Req, &i.Ver, &i.Body, &i.TBS, &i.Profile, &i.ProfileVersion, &i.ProfileHash,
-		&i.Requester, &i.Reference, &i.SiteEpoch, &i.Node, &i.MAC, &i.Created}
+		&i.Requester, &i.Reference, &i.SiteEpoch, &i.Node, &i.MAC, &i.Created, &i.MACKey}
 }
 
 // check refuses what the columns cannot hold: INSERT IGNORE would cut it instead of failing.
@@ -63,8 +74,11 @@ func (i *Intent) check() error {
 	if i.Req != nil && len(i.Req) != 32 {
 		return fmt.Errorf("intent %s:%x: req has %d octets, not 32", i.Issuer, i.Serial, len(i.Req))
 	}
-	if i.MAC != nil && len(i.MAC) != 32 {
-		return fmt.Errorf("intent %s:%x: mac has %d octets, not 32", i.Issuer, i.Serial, len(i.MAC))
+	if i.MAC != nil && (len(i.MAC) != 32 || len(i.MACKey) != 8) {
+		return fmt.Errorf("intent %s:%x: mac has %d octets and its key's id %d, not 32 and 8", i.Issuer, i.Serial, len(i.MAC), len(i.MACKey))
+	}
+	if i.Key != nil && len(i.Key) != 32 {
+		return fmt.Errorf("intent %s:%x: the hash of its key has %d octets, not 32", i.Issuer, i.Serial, len(i.Key))
 	}
 	return nil
 }
@@ -72,13 +86,13 @@ func (i *Intent) check() error {
 // InsertIntents commits the intents and returns, for each, the row that now owns its Req: the same
 // one, or the row of whoever came first (another Serial), which the caller adopts. For an intent
 // without Req the row with its serial is returned. One contested key does not hinder its neighbours.
-// It returns the node that committed. Ver and Created are filled in where zero.
+// An intent whose key is blocked is not inserted: unless its Req has an owner already, what is returned for it has Blocked
+// set. It returns the node that committed. Ver and Created are filled in where zero.
 func (s *Store) InsertIntents(ctx context.Context, in []Intent) ([]Intent, string, error) {
 	if len(in) == 0 {
 		return nil, "", nil
 	}
 	now := micros(s.cfg.Now())
-	order := make([]*Intent, len(in))
 	for i := range in {
 		if in[i].Ver == 0 {
 			in[i].Ver = 1
@@ -90,30 +104,122 @@ func (s *Store) InsertIntents(ctx context.Context, in []Intent) ([]Intent, strin
 		if err := in[i].check(); err != nil {
 			return nil, "", &Error{Class: Fatal, Op: "insert intents", Err: err}
 		}
-		order[i] = &in[i]
+	}
+	refused := make(map[int]bool)
+	for i := range in {
+		refused[i] = s.blocked.has(in[i].Key)
+	}
+	for {
+		owners, node, err := s.insertIntents(ctx, in, refused)
+		var b *keysBlocked
+		if !errors.As(err, &b) || ClassOf(err) == Ambiguous {
+			return owners, node, err
+		}
+		// Again, without them.
+		s.blocked.add(b.spkis)
+		for i := range in {
+			refused[i] = refused[i] || slices.ContainsFunc(b.spkis, func(k []byte) bool { return bytes.Equal(k, in[i].Key) })
+		}
+	}
+}
+
+// insertIntents is InsertIntents but for those that are refused, which are only looked up. It fails with keysBlocked if there are more of those.
+func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]bool) ([]Intent, string, error) {
+	order := make([]*Intent, 0, len(in))
+	for i := range in {
+		if !refused[i] {
+			order = append(order, &in[i])
+		}
+	}
+	owners := make([]Intent, len(in))
+	copy(owners, in)
+	if len(order) < len(in) {
+		if err := s.refusedOwners(ctx, in, refused, owners); err != nil {
+			return nil, "", err
+		}
+		if len(order) == 0 {
+			return owners, "", nil
+		}
 	}
 	// The same order everywhere: contenders meet at the first key instead of dead-locking at two.
 	slices.SortFunc(order, func(a, b *Intent) int { return slices.Compare(a.Req, b.Req) })
-	rows := make([][]any, len(in))
+	rows := make([][]any, len(order))
 	for i, r := range order {
 		rows[i] = r.row()
 	}
-	var owners []Intent
 	node, err := s.Write(ctx, "insert intents", func(ctx context.Context, tx *sql.Tx) error {
+		for i := range in { // an earlier attempt may have found other owners, and was undone
+			if !refused[i] {
+				owners[i] = in[i]
+			}
+		}
 		// IGNORE passes over taken keys, and needs no right to UPDATE. If every row went
 		// in, every row is ours once COMMIT succeeds.
 		n, err := intentTable.insert(ctx, tx, "INSERT IGNORE", rows)
-		if err != nil || n == int64(len(rows)) {
-			owners = in
+		if err != nil {
 			return err
 		}
-		owners, err = intentOwners(ctx, tx, in)
-		return err
+		mine := order
+		if n < int64(len(rows)) {
+			if mine, err = settleOwners(ctx, tx, in, refused, owners); err != nil {
+				return err
+			}
+		}
+		return useKeys(ctx, tx, mine, n < int64(len(rows)))
 	})
 	if err != nil {
 		return nil, node, err
 	}
 	return owners, node, nil
+}
+
+// settleOwners fills in who owns each intent that is not refused, and returns those of in that own their keys themselves.
+func settleOwners(ctx context.Context, tx *sql.Tx, in []Intent, refused map[int]bool, owners []Intent) (mine []*Intent, err error) {
+	var asked []Intent
+	for i := range in {
+		if !refused[i] {
+			asked = append(asked, in[i])
+		}
+	}
+	found, err := intentOwners(ctx, tx, asked)
+	if err != nil {
+		return nil, err
+	}
+	next := 0
+	for i := range in {
+		if refused[i] {
+			continue
+		}
+		owners[i] = found[next]
+		next++
+		if owners[i].id() == in[i].id() {
+			mine = append(mine, &in[i])
+		}
+	}
+	return mine, nil
+}
+
+// refusedOwners fills in what becomes of intents whose key is blocked: a request that has its row already keeps it.
+func (s *Store) refusedOwners(ctx context.Context, in []Intent, refused map[int]bool, owners []Intent) error {
+	_, err := s.Read(ctx, "intents of blocked keys", "", func(ctx context.Context, c *sql.Conn) error {
+		for i := range in {
+			if !refused[i] {
+				continue
+			}
+			found, err := intentOwners(ctx, c, in[i:i+1])
+			switch {
+			case errors.Is(err, errSerialTaken): // that is to say that nobody has it
+				owners[i] = in[i]
+				owners[i].Blocked = true
+			case err != nil:
+				return err
+			default:
+				owners[i] = found[0]
+			}
+		}
+		return nil
+	})
+	return err
 }
 
 var errSerialTaken = errors.New("its serial is taken by another request")
@@ -138,8 +244,10 @@ func intentOwners(ctx context.Context, q Querier, in []Intent) ([]Intent, error)
 		if err := r.Scan(i.dest()...); err != nil {
 			return err
 		}
-		byReq[fmt.Sprintf("%x/%d", i.Req, i.Ver)] = i
-		byKey[i.Issuer+"/"+string(i.Serial)] = i
+		if old, ok := byReq[string(i.Req)]; !ok || i.Ver > old.Ver {
+			byReq[string(i.Req)] = i // recovery may have given the key a higher version
+		}
+		byKey[i.id()] = i
 		return nil
 	}, "SELECT "+intentColumns+" FROM intent WHERE "+strings.Join(conds, " OR "), append(keys, reqs...)...)
 	if err != nil {
@@ -149,9 +257,9 @@ func intentOwners(ctx context.Context, q Querier, in []Intent) ([]Intent, error)
 	for i := range in {
 		var ok bool
 		if in[i].Req != nil {
-			out[i], ok = byReq[fmt.Sprintf("%x/%d", in[i].Req, in[i].Ver)]
+			out[i], ok = byReq[string(in[i].Req)]
 		} else {
-			out[i], ok = byKey[in[i].Issuer+"/"+string(in[i].Serial)]
+			out[i], ok = byKey[in[i].id()]
 		}
 		if !ok {
 			return nil, fmt.Errorf("inserting intent %s:%x: %w", in[i].Issuer, in[i].Serial, errSerialTaken)
@@ -230,6 +338,7 @@ func prefixed(alias, columns string) string {
 type Issued struct {
 	Intent  *Intent
 	Outcome *Outcome
+	Round   RoundState // as of the same reading; only where there is an Intent
 }
 
 // ReadBack reads what the record holds for each request key, causally, on a node other than except (see Read). The result
@@ -246,16 +355,18 @@ func (s *Store) ReadBack(ctx context.Context, except string, reqs [][]byte) ([]I
 	node, err := s.Read(ctx, "read back", except, func(ctx context.Context, c *sql.Conn) error {
 		found = make(map[string]Issued, len(reqs))
 		return query(ctx, c, func(r *sql.Rows) error {
-			row, err := scanIssued(r)
+			var round RoundState
+			row, err := scanIssued(r, &round.N, &round.Ended)
 			if err != nil {
 				return err
 			}
+			row.Round = round
 			key := string(row.Intent.Req)
 			if old, ok := found[key]; !ok || row.newer(old) {
 				found[key] = row
 			}
 			return nil
-		}, "SELECT "+issuedColumns+` FROM intent i LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
+		}, "SELECT "+issuedColumns+", "+roundColumns+` FROM intent i LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
 			WHERE i.req IN (`+marks(len(args))+")", args...)
 	})
 	if err != nil {

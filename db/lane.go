@@ -3,11 +3,11 @@ package db
 import (
 	"context"
 	"database/sql"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -28,7 +28,9 @@ type Lane struct {
 	tip     uint64
 	chain   [32]byte
 	pending *batch // sent, fate unknown; settled before anything else
-	dead    error  // the lane is closed, or not ours
+
+	committed atomic.Uint64 // tip, for those who only look
+	dead      error         // the lane is closed, or not ours
 }
 
 // Appended is what became of one fact.
@@ -44,10 +46,14 @@ var (
 	ErrLaneOwner  = errors.New("the lane holds rows that this process did not write: another process runs with the same incarnation (a copied machine or data directory)")
 )
 
+// ErrBehind is in the chain of Append's error when the database, or the node of it that was asked last, lacks the row that the lane
+// wrote last: it has not applied it yet, or it has gone back in time.
+var ErrBehind = errors.New("the database does not show the lane's last row")
+
 // OpenLane makes a lane known, with its writer, and returns it. index counts a writer's lanes
 // from 0. Call it once per incarnation and index.
 func (s *Store) OpenLane(ctx context.Context, node string, incarnation [16]byte, index int) (*Lane, error) {
-	l := &Lane{s: s, name: fmt.Sprintf("%s/%s/%d", node, hex.EncodeToString(incarnation[:]), index), turn: make(chan struct{}, 1)}
+	l := &Lane{s: s, name: LaneName(node, incarnation, index), turn: make(chan struct{}, 1)}
 	started := micros(s.cfg.Now())
 	_, err := s.Write(ctx, "open lane", func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := writerTable.insert(ctx, tx, "INSERT IGNORE", [][]any{{incarnation[:], node, s.cfg.Role, started}}); err != nil {
@@ -79,6 +85,7 @@ func (s *Store) OpenLane(ctx context.Context, node string, incarnation [16]byte,
 			return nil, l.fatal("", fmt.Errorf("opening lane: %w", ErrLaneClosed))
 		}
 		l.tip, l.chain = tip.Seq, tip.Chain
+		l.committed.Store(tip.Seq)
 	}
 	l.turn <- struct{}{}
 	return l, nil
@@ -98,6 +105,9 @@ func laneTip(ctx context.Context, q Querier, lane string) (*FeedRow, error) {
 	}, "SELECT "+feedColumns+" FROM feed WHERE lane = ? ORDER BY seq DESC LIMIT 1", lane)
 	return tip, err
 }
+
+// Tip returns the number of the lane's last row that is known to be committed.
+func (l *Lane) Tip() uint64 { return l.committed.Load() }
 
 // Name returns "{node}/{incarnation hex}/{index}".
 func (l *Lane) Name() string { return l.name }
@@ -254,9 +264,12 @@ func (b *batch) insert(ctx context.Context, tx *sql.Tx) error {
 	for i, f := range b.feed {
 		rows[i] = f.row()
 	}
-	if _, err := feedTable.insert(ctx, tx, "INSERT", rows); number(err) == errDupEntry {
+	if err := insertAfter(ctx, tx, rows, b.feed[0].Lane, b.feed[0].Seq-1); number(err) == errDupEntry {
 		return errFeedTaken
 	} else if err != nil {
+		return err
+	}
+	if err := b.insertIntents(ctx, tx); err != nil {
 		return err
 	}
 	for _, t := range factTables {
@@ -278,6 +291,30 @@ func (b *batch) insert(ctx context.Context, tx *sql.Tx) error {
 		}
 	}
 	return nil
+}
+
+// insertIntents puts back the intents of recovered outcomes. A taken key is passed over here: without its intent the outcome is refused.
+func (b *batch) insertIntents(ctx context.Context, tx *sql.Tx) error {
+	var rows [][]any
+	var intents []*Intent
+	for _, e := range b.entries {
+		if e.intent != nil {
+			rows, intents = append(rows, e.intent.row()), append(intents, e.intent)
+		}
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	if _, err := intentTable.insert(ctx, tx, "INSERT IGNORE", rows); err != nil {
+		return err
+	}
+	// A key that has been blocked since does not keep out what was released before.
+	err := useKeys(ctx, tx, intents, true)
+	var blocked *keysBlocked
+	if errors.As(err, &blocked) {
+		return nil
+	}
+	return err
 }
 
 // taken finds which keys collided. The statement was rolled back, so rows seen now are committed and not ours: had an earlier
@@ -354,6 +391,8 @@ func (l *Lane) commit(ctx context.Context, b *batch) error {
 				l.setPending(nil)
 				return err
 			}
+		case errors.Is(err, ErrBehind):
+			err = &Error{Class: Conflict, Op: "append", Node: a.address(), Err: err}
 		case errors.As(err, &held):
 			b.drop(held.entries, &Error{Class: Duplicate, Op: "append", Node: a.address(), Err: errors.New("another fact has the same key")})
 			a.maybe = false
@@ -405,6 +444,7 @@ func (l *Lane) advance(b *batch, node string) {
 	}
 	last := b.feed[len(b.feed)-1]
 	l.tip, l.chain = last.Seq, last.Chain
+	l.committed.Store(last.Seq)
 	if l.pending == b {
 		l.setPending(nil)
 	}
@@ -468,7 +508,7 @@ func (l *Lane) orphans(ctx context.Context, b *batch) ([]int, error) {
 // CloseLanes ends the lanes of a node's other incarnations, which must not run any more; a commit of theirs that is still in
 // flight will fail. It returns how many it closed. by is recorded.
 func (s *Store) CloseLanes(ctx context.Context, node string, except [16]byte, by string) (int, error) {
-	var open []string
+	var open []string // those of other incarnations
 	_, err := s.Read(ctx, "close lanes", "", func(ctx context.Context, c *sql.Conn) error {
 		open = nil
 		// One question for all: a node that was restarted ten thousand times must start as fast as any.

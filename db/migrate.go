@@ -34,7 +34,8 @@ func Migrate(ctx context.Context, cfg Config) error {
 		if err != nil {
 			return err
 		}
-		p, err := goose.NewProvider(goose.DialectMySQL, db, dir, goose.WithLocker(locker))
+		// Out of order: branches of the program that were made side by side each bring a number.
+		p, err := goose.NewProvider(goose.DialectMySQL, db, dir, goose.WithLocker(locker), goose.WithAllowOutofOrder(true))
 		if err != nil {
 			return err
 		}

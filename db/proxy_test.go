@@ -2,22 +2,27 @@ package db_test
 
 import (
 	"bytes"
+	"cmp"
 	"io"
 	"net"
 	"os"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // fault is what the proxy does to one COMMIT.
 type fault int
 
 const (
-	none      fault = iota
-	cutBefore       // the node never sees it
-	cutAfter        // the node does it; the client never hears of it
-	hold            // the client is cut off; the node sees it at release
+	none       fault = iota
+	cutBefore        // the node never sees it
+	cutAfter         // the node does it; the client never hears of it
+	hold             // the client is cut off; the node sees it at release
+	cutWithin        // the node does it; the client gets the first octets of the answer
+	cutCommand       // the node gets the first octets of the command
+	swallow          // the node does it; no answer comes, and the connection stays open
 )
 
 // proxy passes MySQL's protocol on and interferes with COMMIT.
@@ -25,8 +30,14 @@ type proxy struct {
 	addr string
 	then func() // called when a fault was applied, before the client is cut off
 
-	to      string
+	to string
+	on string // the statement to interfere with: what it begins with; COMMIT if ""
+
 	mu      sync.Mutex
+	delays  map[string]time.Duration // by text of a query
+	hangs   map[string]chan struct{} // closed when over
+	waited  int
+	quiet   bool // with hold the client is not cut off
 	fault   fault
 	hit     int
 	closed  bool // new connections are refused
@@ -40,7 +51,7 @@ func newProxy(t *testing.T, to string) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &proxy{addr: ln.Addr().String(), to: to, held: make(chan struct{}), conns: map[net.Conn]bool{}}
+	p := &proxy{addr: ln.Addr().String(), to: to, held: make(chan struct{}), conns: map[net.Conn]bool{}, delays: map[string]time.Duration{}, hangs: map[string]chan struct{}{}}
 	t.Cleanup(func() {
 		ln.Close()
 		p.refuse(true)
@@ -62,6 +73,56 @@ func (p *proxy) next(f fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.fault = f
+}
+
+// delay has a query wait before the node sees it.
+func (p *proxy) delay(query string, d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.delays[query] = d
+}
+
+// delayed counts the queries that waited.
+func (p *proxy) delayed() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.waited
+}
+
+// keep has hold leave the client its connection.
+func (p *proxy) keep() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.quiet = true
+}
+
+// hang has a query wait until it does not any more.
+func (p *proxy) hang(query string, yes bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if yes {
+		p.hangs[query] = make(chan struct{})
+	} else if c := p.hangs[query]; c != nil {
+		close(c)
+		delete(p.hangs, query)
+	}
+}
+
+// linger does what delay and hang asked for.
+func (p *proxy) linger(packet []byte) {
+	if len(packet) < 5 || packet[4] != 3 {
+		return
+	}
+	p.mu.Lock()
+	d, h := p.delays[string(packet[5:])], p.hangs[string(packet[5:])]
+	if d > 0 || h != nil {
+		p.waited++
+	}
+	p.mu.Unlock()
+	time.Sleep(d)
+	if h != nil {
+		<-h
+	}
 }
 
 func (p *proxy) hits() int {
@@ -111,7 +172,7 @@ func (p *proxy) serve(client net.Conn) {
 		}
 	}()
 	var drop sync.Mutex // held: answers are not passed on
-	dropping := false
+	dropping, few := false, false
 	answered := make(chan struct{}, 1)
 	go func() {
 		defer client.Close()
@@ -119,9 +180,12 @@ func (p *proxy) serve(client net.Conn) {
 		for {
 			n, err := server.Read(buf)
 			drop.Lock()
-			d := dropping
+			d, f := dropping, few
 			drop.Unlock()
 			if d {
+				if f && n > 3 {
+					client.Write(buf[:3])
+				}
 				select {
 				case answered <- struct{}{}:
 				default:
@@ -145,28 +209,41 @@ func (p *proxy) serve(client net.Conn) {
 		if err != nil {
 			return
 		}
-		f := none
-		if bytes.Equal(packet[4:], []byte("\x03COMMIT")) {
+		f, quiet := none, false
+		p.linger(packet)
+		if bytes.HasPrefix(packet[4:], []byte("\x03"+cmp.Or(p.on, "COMMIT"))) {
 			p.mu.Lock()
 			if f = p.fault; f != none {
 				p.fault, p.hit = none, p.hit+1
 			}
+			if f == hold {
+				p.pending.Add(1) // before anybody can know that it is held
+			}
+			quiet = p.quiet
 			p.mu.Unlock()
 		}
 		if f != none {
 			drop.Lock()
-			dropping = true
+			dropping, few = true, f == cutWithin
 			drop.Unlock()
 		}
 		switch f {
-		case cutAfter:
+		case cutAfter, cutWithin:
 			server.Write(packet)
 			<-answered
+		case cutCommand:
+			server.Write(packet[:len(packet)-2])
+		case swallow:
+			server.Write(packet)
+			<-answered
+			p.wait(client)
 		case hold:
 			mu.Lock()
 			holding = true
 			mu.Unlock()
-			p.pending.Add(1)
+			if quiet {
+				defer p.wait(client)
+			}
 			go func() {
 				defer p.pending.Done()
 				<-p.held
@@ -186,6 +263,9 @@ func (p *proxy) serve(client net.Conn) {
 		return
 	}
 }
+
+// wait returns when the client gives up.
+func (p *proxy) wait(client net.Conn) { io.Copy(io.Discard, client) }
 
 // readPacket reads one packet of MySQL's protocol with its header.
 func readPacket(r io.Reader) ([]byte, error) {

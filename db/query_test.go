@@ -208,6 +208,12 @@ func TestChainsHaveOneWinnerPerNumber(t *testing.T) {
 			t.Errorf("from %d: got %+v, %v", from, l, err)
 		}
 	}
+	if err := s.AppendGroupLog(soon(t), db.GroupEvent{Group: "ca/lease", N: 1, Event: "lease", Subject: "k", Payload: []byte("{}"), Actor: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := s.GroupLogEnds(soon(t)); err != nil || len(l) != 2 || l[0].Group != "ca" || l[0].N != 3 || l[1].Group != "ca/lease" {
+		t.Errorf("ends: %+v %v", l, err)
+	}
 	if l, err := s.GroupLogEnd(soon(t), "ca"); err != nil || len(l) != 1 || l[0].N != 3 {
 		t.Errorf("got %+v, %v", l, err)
 	}

@@ -17,6 +17,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,7 +50,10 @@ type Store struct {
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced when a node's health changes
 
-	sweep sweep
+	sweep   sweep
+	blocked blockedCache
+	audit   audit
+	signs   signs
 }
 
 // Open checks the configuration; it connects to nothing. Close the store when done.
@@ -82,6 +86,7 @@ func Open(cfg Config) (*Store, error) {
 			return nil, fmt.Errorf("opening database: node %s: %w", address, err)
 		}
 		s.nodes = append(s.nodes, n)
+		s.metrics.healthy.WithLabelValues(address).Set(0) // an alert must see a node that was never well
 	}
 	return s, nil
 }
@@ -97,13 +102,19 @@ func (s *Store) Close() error {
 
 // NodeHealth is what the last probe of a node found.
 type NodeHealth struct {
-	Address string
-	Healthy bool
-	Cause   string        // why it is not healthy, "" if it is
-	State   string        // the node's own word: Synced, Donor/Desynced, Joined, …; "" if it did not answer
-	Size    int           // nodes in its component
-	Since   time.Time     // when Healthy last changed
-	Took    time.Duration // of the last answered probe
+	Address  string
+	Healthy  bool
+	Cause    string        // why it is not healthy, "" if it is
+	Slow     string        // why it gets no new work although it is healthy: its answers take far longer than its peers'; "" otherwise
+	Diverged bool          // its contents are not the other nodes': it stays out of use until they are; Cause says what to do
+	History  string        // state UUID; "" if it did not answer
+	State    string        // the node's own word: Synced, Donor/Desynced, Joined, …; "" if it did not answer
+	Size     int           // nodes in its component
+	Since    time.Time     // when Healthy last changed
+	Took     time.Duration // of the last answered probe
+
+	view    view
+	primary bool // synced, and in the primary component
 }
 
 // Nodes returns the health of every node, in order of preference.
@@ -117,14 +128,14 @@ func (s *Store) Nodes() []NodeHealth {
 
 // Ready returns nil when some node can be written, else an error that names each node's trouble.
 func (s *Store) Ready() error {
-	var errs []error
+	var errs []string
 	for _, h := range s.Nodes() {
 		if h.Healthy {
 			return nil
 		}
-		errs = append(errs, fmt.Errorf("%s: %s", h.Address, h.Cause))
+		errs = append(errs, h.Address+": "+h.Cause)
 	}
-	return &Error{Class: NotReady, Op: "ready", Err: errors.Join(errs...)}
+	return &Error{Class: NotReady, Op: "ready", Err: errors.New(strings.Join(errs, "; "))}
 }
 
 // metrics of one Store. Labels come from bounded sets: operation names, classes, configured nodes.
@@ -133,6 +144,9 @@ type metrics struct {
 	seconds  *prometheus.HistogramVec
 	healthy  *prometheus.GaugeVec
 	demoted  *prometheus.CounterVec
+	diverged *prometheus.GaugeVec
+	slow     *prometheus.GaugeVec
+	shed     *prometheus.CounterVec
 	pending  prometheus.Gauge
 }
 
@@ -146,11 +160,17 @@ func newMetrics(r prometheus.Registerer) *metrics {
 			Help: "1 when the node can be written."}, []string{"node"}),
 		demoted: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trivet_db_demotions_total",
 			Help: "Times that a node was found unfit and its connections were closed."}, []string{"node"}),
+		diverged: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "trivet_db_node_diverged",
+			Help: "1 when the node holds other contents than the others and is kept out of use."}, []string{"node"}),
+		slow: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "trivet_db_node_slow",
+			Help: "1 when the node answers far slower than its peers and gets no new work."}, []string{"node"}),
+		shed: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trivet_db_shed_total",
+			Help: "Times that a node got no new work any more because it was far slower than its peers."}, []string{"node"}),
 		pending: prometheus.NewGauge(prometheus.GaugeOpts{Name: "trivet_db_lanes_unsettled",
 			Help: "Lanes that wait to learn whether their last transaction was committed."}),
 	}
 	if r != nil {
-		r.MustRegister(m.attempts, m.seconds, m.healthy, m.demoted, m.pending)
+		r.MustRegister(m.attempts, m.seconds, m.healthy, m.demoted, m.diverged, m.slow, m.shed, m.pending)
 	}
 	return m
 }

@@ -206,6 +206,17 @@ func (c *Cluster) Kill(i int) {
 	}
 }
 
+// End stops a node in good order: the others go on without it, even a single one.
+func (c *Cluster) End(i int) {
+	c.signal(i, syscall.SIGTERM)
+	c.mu.Lock()
+	p := c.procs[i]
+	c.mu.Unlock()
+	if p != nil {
+		<-p.done
+	}
+}
+
 // Freeze stops a node from running; Thaw lets it go on.
 func (c *Cluster) Freeze(i int) { c.signal(i, syscall.SIGSTOP) }
 
@@ -226,6 +237,32 @@ func (c *Cluster) Restart(t testing.TB, i int) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := c.start(ctx, i, false); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Tamper runs statements on a node that is down, by itself and outside of replication: its position stays what it was, its contents do
+// not. It leaves the node down.
+func (c *Cluster) Tamper(t testing.TB, i int, queries ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := c.start(ctx, i, false, "--wsrep-on=OFF", "--wsrep-provider=none", "--wsrep-cluster-address=", "--skip-log-bin", "--wsrep-mode=", "--skip-networking"); err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range queries {
+		c.Exec(t, i, q)
+	}
+	c.End(i)
+}
+
+// Renew takes a node's data away, as operators are told to, and waits until it has fetched everything anew.
+func (c *Cluster) Renew(t testing.TB, i int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c.End(i)
+	if err := errors.Join(os.RemoveAll(c.Nodes[i].Data()), galera.Prepare(ctx, c.Nodes[i]), c.start(ctx, i, false)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -260,12 +297,13 @@ func (c *Cluster) Exec(t testing.TB, i int, query string) {
 // Log returns the path of a node's log.
 func (c *Cluster) Log(i int) string { return filepath.Join(c.dir, c.Nodes[i].Name+".log") }
 
-func (c *Cluster) start(ctx context.Context, i int, bootstrap bool) error {
+func (c *Cluster) start(ctx context.Context, i int, bootstrap bool, more ...string) error {
 	n := c.Nodes[i]
 	cmd, err := galera.Command(ctx, n, bootstrap)
 	if err != nil {
 		return err
 	}
+	cmd.Args = append(cmd.Args, more...) // the last one of an option counts
 	log, err := os.OpenFile(c.Log(i), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
@@ -292,10 +330,27 @@ func (c *Cluster) start(ctx context.Context, i int, bootstrap bool) error {
 		close(p.done)
 		cancel()
 	}()
-	if err := galera.WaitSynced(ctx, n); err != nil {
+	wait := galera.WaitSynced
+	if len(more) > 0 {
+		wait = answers
+	}
+	if err := wait(ctx, n); err != nil {
 		return fmt.Errorf("starting %s: %w (see %s)", n.Name, err, c.Log(i))
 	}
 	return nil
+}
+
+// answers returns when the node runs statements.
+func answers(ctx context.Context, n galera.Node) error {
+	admin, err := galera.Admin(n)
+	if err != nil {
+		return err
+	}
+	defer admin.Close()
+	for err = admin.PingContext(ctx); err != nil && ctx.Err() == nil; err = admin.PingContext(ctx) {
+		time.Sleep(20 * time.Millisecond)
+	}
+	return err
 }
 
 // Stop ends every node and removes their data. With show the last lines of each log go to standard error.
