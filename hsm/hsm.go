@@ -105,6 +105,9 @@ func (s KeySpec) Check() error {
 	return nil
 }
 
+// TransportPrefix begins the label of each member's transport key.
+const TransportPrefix = "trivet-transport"
+
 const labelPrefix = "trivet:"
 
 // ObjectLabel is the CKA_LABEL of the key's objects: trivet:{purpose}:{label}.
@@ -183,6 +186,19 @@ func CheckDomainName(kek string) error {
 	return nil
 }
 
+// NewDomainName draws a fresh name for a domain key of that group: the group's name, '/', and a random part. The name is in
+// the token, so that an agent knows which group its token belongs to without being told.
+func NewDomainName(group string) string { return group + "/" + string(NewKeyID()) }
+
+// DomainGroup is the group that a domain key belongs to by its name; empty for a name that says none.
+func DomainGroup(kek string) string {
+	group, _, named := strings.Cut(kek, "/")
+	if !named {
+		return ""
+	}
+	return group
+}
+
 // InventoryDigest is the hex SHA-256 over id, purpose, label, SPKI and attributes of the given keys, in the order of their
 // ids: two members with the same keys have the same, whatever made them. Probe keys, foreign and faulty ones do not count.
 func InventoryDigest(keys []KeyRecord) string {
@@ -218,6 +234,9 @@ type Info struct {
 	NextKEK string `json:"next_kek,omitempty"`
 	// Transport is the hex SHA-256 of the transport key's SPKI: the identity of a token whose serial says nothing.
 	Transport string `json:"transport,omitempty"`
+	// Strangers are the hex SHA-256 of other members' transport keys in the token, which are among the foreign objects: a vendor
+	// that clones whole partitions leaves them there, and so does a copy of another member's token.
+	Strangers []string `json:"strangers,omitempty"`
 	// Locked says why the token cannot be used before an operator acts: not activated yet, or its PIN was refused.
 	Locked string `json:"locked,omitempty"`
 	// Site is the site that may write and Epoch its number, as this member learnt them from signed promotion records.
@@ -232,6 +251,21 @@ type Info struct {
 	InFlight int   `json:"in_flight"`
 	Capacity int   `json:"capacity"`
 	Probe    Probe `json:"probe"`
+	PIN      PIN   `json:"pin,omitzero"`
+}
+
+// PIN is how a token's user PIN stands. It says nothing of the PIN itself.
+type PIN struct {
+	// Rotated is when this agent last gave the token a new PIN; zero: never. Request is the hex digest of the approved request
+	// (identity.Request.Digest) that the newest rotation was for, done or not.
+	Rotated time.Time `json:"rotated,omitzero"`
+	Request string    `json:"request,omitempty"`
+	// Unfinished says that a rotation is under way: the agent ends it, one way or the other, when it starts.
+	Unfinished string `json:"unfinished,omitempty"`
+	// Undone says why the newest rotation left the old PIN in place.
+	Undone string `json:"undone,omitempty"`
+	// Warning is what the token says: wrong PINs were tried, it is locked, or wants another PIN. It is asked twice a minute.
+	Warning string `json:"warning,omitempty"`
 }
 
 // Probe is the newest result of the agent's own test signature.

@@ -1,5 +1,10 @@
 package hsm
 
+import (
+	"slices"
+	"strings"
+)
+
 // SignRequest asks a member for one signature per digest.
 type SignRequest struct {
 	Key     KeyID    `json:"key"`
@@ -45,6 +50,30 @@ type BackupRequest struct {
 	Group     string `json:"group"`
 	Recipient []byte `json:"recipient"`
 	Grant     []byte `json:"grant"`
+}
+
+// PINRequest asks a member to give its token another user PIN. Members are all that two people approved it for, this one among
+// them. Prepared takes the PIN from the file that somebody put beside the agent's own; else the agent draws one that nobody
+// sees. Force says that people know that fewer members than usual are left meanwhile. No PIN travels. Grant: action
+// hsm-pin-rotate, object {group}, detail members (sorted, with commas), pin (random or prepared), and force=true if forced.
+type PINRequest struct {
+	Group    string   `json:"group"`
+	Members  []string `json:"members"`
+	Prepared bool     `json:"prepared,omitempty"`
+	Force    bool     `json:"force,omitempty"`
+	Grant    []byte   `json:"grant"`
+}
+
+// Detail is what the approval says of the request.
+func (r PINRequest) Detail() map[string]string {
+	d := map[string]string{"members": strings.Join(slices.Sorted(slices.Values(r.Members)), ","), "pin": "random"}
+	if r.Prepared {
+		d["pin"] = "prepared"
+	}
+	if r.Force {
+		d["force"] = "true"
+	}
+	return d
 }
 
 // AdoptRequest asks a member to take in a key from outside. Sealed is what Seal made of its PKCS#8 for the member's

@@ -38,8 +38,7 @@ type Request struct {
 	Object string `json:"object"`
 	// Detail is everything else that the act depends on, such as a key's fingerprint.
 	Detail map[string]string `json:"detail,omitempty"`
-	// Proposer is the principal URI of who asks; it approves nothing. Nobody has verified it: what counts is that enough
-	// others approve.
+	// Proposer is the principal URI of who asks; it approves nothing. By itself it is a claim: Grant.Proposal proves it.
 	Proposer string `json:"proposer"`
 	// Nonce makes two requests for the same thing two requests: 1 to 64 octets.
 	Nonce   string    `json:"nonce"`
@@ -56,7 +55,9 @@ type Approval struct {
 
 // Grant is a request with its approvals, as it travels to whoever acts on it.
 type Grant struct {
-	Request   Request    `json:"request"`
+	Request Request `json:"request"`
+	// Proposal is the proposer's own signature, so that nobody who approves can have proposed it under another name.
+	Proposal  *Approval  `json:"proposal,omitempty"`
 	Approvals []Approval `json:"approvals"`
 }
 
@@ -89,6 +90,9 @@ func (g *Grant) Merge(other Grant) error {
 	if !bytes.Equal(g.Request.Digest(), other.Request.Digest()) {
 		return fmt.Errorf("merging approvals: one is for %s of %s, another for %s of %s, or for another request of that kind",
 			g.Request.Action, g.Request.Object, other.Request.Action, other.Request.Object)
+	}
+	if g.Proposal == nil {
+		g.Proposal = other.Proposal
 	}
 	for _, a := range other.Approvals {
 		if !slices.ContainsFunc(g.Approvals, func(b Approval) bool { return claims(a) == claims(b) }) {
@@ -139,10 +143,75 @@ func (r Request) Digest() []byte {
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
 
-// statement is what an approval signs: the request, and when it was approved.
-func (r Request) statement(at time.Time) []byte {
-	sum := sha256.Sum256(append(append([]byte("trivet-approved-v1"), r.Digest()...), stamp(at)...))
+// What a signature over a request says.
+const (
+	saysApproved = "trivet-approved-v1"
+	saysProposed = "trivet-proposed-v1"
+)
+
+// statement is what is signed: the request, what is said of it, and when.
+func (r Request) statement(says string, at time.Time) []byte {
+	sum := sha256.Sum256(append(append([]byte(says), r.Digest()...), stamp(at)...))
 	return sum[:]
+}
+
+// Propose makes a request that a person signs as its proposer.
+func (i *Identity) Propose(action, object string, detail map[string]string, now time.Time, lifetime time.Duration) (Grant, error) {
+	p := i.Principal()
+	if p.Role.Machine() {
+		return Grant{}, fmt.Errorf("proposing %s of %s: %s is no person", action, object, p)
+	}
+	g := Grant{Request: NewRequest(p, action, object, detail, now, lifetime), Approvals: []Approval{}}
+	a, err := i.say(saysProposed, g.Request, now)
+	if err != nil {
+		return Grant{}, fmt.Errorf("proposing %s of %s: %w", action, object, err)
+	}
+	g.Proposal = &a
+	return g, nil
+}
+
+// say signs a statement about a request.
+func (i *Identity) say(says string, r Request, now time.Time) (Approval, error) {
+	cert := i.Certificate()
+	signer, ok := cert.PrivateKey.(crypto.Signer)
+	if !ok || cert.Leaf.PublicKeyAlgorithm != x509.ECDSA {
+		return Approval{}, errors.New("the identity's key is not an ECDSA key")
+	}
+	at := now.UTC().Truncate(time.Second)
+	sig, err := signer.Sign(rand.Reader, r.statement(says, at), crypto.SHA256)
+	if err != nil {
+		return Approval{}, err
+	}
+	return Approval{Chain: cert.Certificate, Signature: sig, At: at}, nil
+}
+
+// Proposed checks that the person whom a grant's request names as its proposer has signed it.
+func (i *Identity) Proposed(g Grant, now time.Time) error {
+	r := g.Request
+	proposer, err := r.open(i.Principal().Cluster, now)
+	if err != nil {
+		return err
+	}
+	what := fmt.Sprintf("%.64q of %.128q", r.Action, r.Object)
+	if g.Proposal == nil {
+		return fmt.Errorf("%s was not signed by its proposer, %s: whoever proposes it must say so with a key of their own", what, proposer)
+	}
+	by, err := i.signer(saysProposed, r, *g.Proposal, now)
+	switch {
+	case err != nil:
+		return fmt.Errorf("proposal of %s: %w", what, err)
+	case by != proposer || by.Role.Machine():
+		return fmt.Errorf("proposal of %s: it names %s and is signed by %s: must be one person", what, proposer, by)
+	}
+	return nil
+}
+
+// Granted is Approved for a grant that was Proposed.
+func (i *Identity) Granted(g Grant, need int, now time.Time, roles ...Role) ([]Principal, error) {
+	if err := i.Proposed(g, now); err != nil {
+		return nil, err
+	}
+	return i.Approved(g.Request, g.Approvals, need, now, roles...)
 }
 
 // Approve signs a request with a person's own identity. Machines approve nothing.
@@ -158,17 +227,11 @@ func (i *Identity) Approve(r Request, now time.Time) (Approval, error) {
 	if samePerson(p, proposer) {
 		return Approval{}, fmt.Errorf("approving %s of %s: %s proposed it, so somebody else must approve it", r.Action, r.Object, proposer)
 	}
-	cert := i.Certificate()
-	signer, ok := cert.PrivateKey.(crypto.Signer)
-	if !ok || cert.Leaf.PublicKeyAlgorithm != x509.ECDSA {
-		return Approval{}, errors.New("approving: the identity's key is not an ECDSA key")
-	}
-	at := now.UTC().Truncate(time.Second)
-	sig, err := signer.Sign(rand.Reader, r.statement(at), crypto.SHA256)
+	a, err := i.say(saysApproved, r, now)
 	if err != nil {
 		return Approval{}, fmt.Errorf("approving %s of %s: %w", r.Action, r.Object, err)
 	}
-	return Approval{Chain: cert.Certificate, Signature: sig, At: at}, nil
+	return a, nil
 }
 
 // samePerson tells whether two principals are one person: a name means the same person in every role, so that nobody
@@ -216,7 +279,7 @@ func (i *Identity) Approved(r Request, approvals []Approval, need int, now time.
 	}
 	var by []Principal
 	for n, a := range approvals {
-		p, err := i.approver(r, a, now)
+		p, err := i.signer(saysApproved, r, a, now)
 		if err != nil {
 			return nil, fmt.Errorf("approval %d of %s: %w", n+1, what, err)
 		}
@@ -236,8 +299,8 @@ func (i *Identity) Approved(r Request, approvals []Approval, need int, now time.
 	return by, nil
 }
 
-// approver is who signed a.
-func (i *Identity) approver(r Request, a Approval, now time.Time) (Principal, error) {
+// signer is who said that of a request.
+func (i *Identity) signer(says string, r Request, a Approval, now time.Time) (Principal, error) {
 	if len(a.Chain) == 0 || len(a.Chain) > 4 {
 		return Principal{}, fmt.Errorf("it has %d certificates: must be 1 to 4", len(a.Chain))
 	}
@@ -249,7 +312,7 @@ func (i *Identity) approver(r Request, a Approval, now time.Time) (Principal, er
 	if err != nil {
 		return Principal{}, err
 	}
-	if key, ok := chain[0].PublicKey.(*ecdsa.PublicKey); !ok || !ecdsa.VerifyASN1(key, r.statement(a.At), a.Signature) {
+	if key, ok := chain[0].PublicKey.(*ecdsa.PublicKey); !ok || !ecdsa.VerifyASN1(key, r.statement(says, a.At), a.Signature) {
 		return Principal{}, fmt.Errorf("by %s: the signature is not over this request", p)
 	}
 	if a.At.Before(r.Created.Add(-clockLeeway)) || a.At.After(r.Expires) || a.At.After(now.Add(clockLeeway)) {

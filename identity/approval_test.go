@@ -92,6 +92,67 @@ func TestTwoPeopleApprove(t *testing.T) {
 	}
 }
 
+// Whoever may use a machine's identity must not propose under its name what he then approves.
+func TestTheProposerIsAPersonWhoSaysSo(t *testing.T) {
+	p := newPeople(t)
+	alice, bob, sam := p.person("admin", "alice"), p.person("ca-operator", "bob"), p.person("sre", "sam")
+	propose := func(by *identity.Identity) identity.Grant {
+		t.Helper()
+		g, err := by.Propose("hsm-enroll", "main/hsmd-d", map[string]string{"transport": "aa"}, p.now, hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return g
+	}
+	granted := func(g identity.Grant) ([]identity.Principal, error) {
+		return p.verifier.Granted(g, 2, p.now, identity.RoleAdmin, identity.RoleCAOperator)
+	}
+	g := propose(sam)
+	g.Approvals = p.approve(g.Request, alice, bob)
+	text, err := json.Marshal(g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := identity.ParseGrant(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if by, err := granted(again); err != nil || len(by) != 2 {
+		t.Fatal(by, err)
+	}
+	if _, err := p.person("sync", "sync1").Propose("a", "b", nil, p.now, hour); err == nil || !strings.Contains(err.Error(), "no person") {
+		t.Errorf("a machine proposes: %v", err)
+	}
+	unsigned, machine, borrowed, approval, own := g, g, g, g, g
+	unsigned.Proposal = nil
+	machine.Request = identity.NewRequest(principal("sync", "sync1"), "hsm-enroll", "main/hsmd-d", nil, p.now, hour)
+	machine.Approvals = p.approve(machine.Request, alice, bob)
+	borrowed.Request = p.request() // sam's, too, but another one
+	borrowed.Approvals = p.approve(borrowed.Request, alice, bob)
+	approval.Proposal = &approval.Approvals[0] // an approval is no proposal
+	mine := propose(alice)
+	own.Request.Nonce = "x"
+	own.Proposal, own.Approvals = mine.Proposal, p.approve(own.Request, alice, bob)
+	for name, bad := range map[string]struct {
+		g    identity.Grant
+		want string
+	}{
+		"unsigned":            {unsigned, "was not signed by its proposer"},
+		"a machine's":         {machine, "the signature is not over this request"},
+		"another request's":   {borrowed, "the signature is not over this request"},
+		"an approval":         {approval, "the signature is not over this request"},
+		"under another name":  {own, "the signature is not over this request"},
+		"the proposer's vote": {func() identity.Grant { mine.Approvals = g.Approvals; return mine }(), "the signature is not over this request"},
+	} {
+		if by, err := granted(bad.g); err == nil || !strings.Contains(err.Error(), bad.want) {
+			t.Errorf("%s: approved by %v, %v", name, by, err)
+		}
+	}
+	if _, err := alice.Approve(mine.Request, p.now); err == nil || !strings.Contains(err.Error(), "somebody else must approve it") {
+		t.Errorf("the proposer approves: %v", err)
+	}
+}
+
 func TestAPersonCountsOnce(t *testing.T) {
 	p := newPeople(t)
 	r := p.request()

@@ -70,7 +70,7 @@ const (
 // open is how to open the token; the PIN is still missing.
 func (c *Config) open(log *slog.Logger) pkcs11.Config {
 	return pkcs11.Config{
-		Module: c.Module, TokenLabel: c.Token, Profile: c.Profile, Dir: c.TokenDir, Test: c.Test, MaxSessions: c.Sessions + 2, PoolWait: c.CallTimeout, Log: log,
+		Module: c.Module, TokenLabel: c.Token, Member: c.Node, Profile: c.Profile, Dir: c.TokenDir, Test: c.Test, MaxSessions: c.Sessions + 2, PoolWait: c.CallTimeout, Log: log,
 	}
 }
 

@@ -43,6 +43,9 @@ import (
 // errUsage is a command line that makes no sense.
 var errUsage = errors.New("usage: hsmd [init-token] --config FILE [--check]")
 
+// errRestart is an end by the agent's own wish: the next process goes on with what this one began.
+var errRestart = errors.New("to be started again")
+
 func main() {
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -54,6 +57,9 @@ func main() {
 	case errors.Is(err, errUsage):
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(2)
+	case errors.Is(err, errRestart):
+		log.Info("ending, to be started again", "cause", err.Error())
+		os.Exit(1)
 	}
 	log.Error("ending", "error", err.Error())
 	if errors.Is(err, errPIN) {
@@ -111,6 +117,9 @@ func makeToken(cfg *Config, stdout io.Writer, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	if state, err := agent.OpenState(cfg.StateDir); err == nil && state.Rotation() != nil {
+		return errors.New("a rotation of this token's PIN is unfinished: start the agent, which finishes or undoes it")
+	}
 	token, err := login(cfg, log)
 	if err != nil {
 		return err
@@ -159,9 +168,16 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		return err
 	}
 	self := id.Principal().String()
+	if r := state.Rotation(); r != nil && cfg.Activation == activationManual {
+		return fmt.Errorf("a rotation of the PIN that began at %s is unfinished: start the agent once with `activation: auto`, so that it finishes or undoes it", r.Began.Format(time.RFC3339))
+	}
 	var token agent.Token // nil: the agent starts locked
+	var pins agent.PINs   // nil: the PIN cannot be changed, because of noPINs
+	noPINs := whyNoPINs(cfg)
 	if cfg.Activation == activationAuto {
-		if token, err = loginWithin(ctx, max(time.Minute, 20*cfg.CallTimeout), cfg, log); err != nil {
+		opening := settler{cfg, state, func(a agent.Act) error { return enter(record, a) }, self, log}
+		opened, err := loginWithin(ctx, max(time.Minute, 20*cfg.CallTimeout), opening.open)
+		if err != nil {
 			if ctx.Err() != nil { // told to stop, which is no failure
 				return nil
 			}
@@ -170,6 +186,12 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 			}
 			return err
 		}
+		token = opened
+		if noPINs == "" {
+			if pins, err = newPINFiles(cfg, opened); err != nil {
+				return err
+			}
+		}
 	}
 	if cfg.Approvals < 2 {
 		log.Warn("one person alone can destroy keys, enrol members, take backups and change the site epoch: approvals is 1")
@@ -177,12 +199,19 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	lost := make(chan error, 1)
+	lost, restart := make(chan error, 1), make(chan string, 1)
 	agentConfig := agent.Config{
 		Token: token, Label: cfg.Token, Identity: id, State: state, Approvals: cfg.Approvals, Member: cfg.Node,
 		Incarnation: hex.EncodeToString(incarnation[:]), Version: version(),
 		Capacity: cfg.Sessions, Queue: cfg.Queue, CallTimeout: cfg.CallTimeout, ProbeEvery: cfg.ProbeEvery,
 		Audit: func(a agent.Act) error { return enter(record, a) },
+		PINs:  pins, NoPINs: noPINs,
+		Restart: func(why string) {
+			select {
+			case restart <- why:
+			default: // it is about to
+			}
+		},
 		Fatal: func(err error) { lost <- err }, Log: log, Metrics: metrics,
 	}
 	if token == nil {
@@ -209,6 +238,8 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	// inner ends after web: the probe and the audit counts go on while the last requests are answered.
 	inner, endInner := context.WithCancel(context.WithoutCancel(ctx))
 	defer endInner()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	group, outer := errgroup.WithContext(ctx)
 	group.Go(func() error { return server.Run(inner) })
 	group.Go(func() error { return id.Watch(outer, 10*time.Second, log) })
@@ -227,6 +258,10 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	case <-outer.Done():
 		server.Drain()
 		cause = shutdown(web, 5*time.Second)
+	case why := <-restart:
+		server.Drain()
+		cause = errors.Join(fmt.Errorf("%w: %s", errRestart, why), shutdown(web, 5*time.Second))
+		stop()
 	case cause = <-lost:
 		// Whoever waits has its 503 in hand; give the answers a moment, then go. The token cannot be closed any more.
 		return errors.Join(cause, shutdown(web, 250*time.Millisecond))
@@ -252,25 +287,22 @@ func login(cfg *Config, log *slog.Logger) (*pkcs11.Token, error) {
 	return newPINGuard(cfg, cfg.PINFile).open(cfg.open(log), pin)
 }
 
-// loginWithin is login for a start: a module that hangs while it is opened ends the process, as one does later.
-func loginWithin(ctx context.Context, limit time.Duration, cfg *Config, log *slog.Logger) (agent.Token, error) {
+// loginWithin opens the token for a start: a module that hangs while it is opened ends the process, as one does later.
+func loginWithin(ctx context.Context, limit time.Duration, open func() (*pkcs11.Token, error)) (*pkcs11.Token, error) {
 	type result struct {
 		token *pkcs11.Token
 		err   error
 	}
 	done := make(chan result, 1)
 	go func() {
-		t, err := login(cfg, log)
+		t, err := open()
 		done <- result{t, err}
 	}()
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {
 	case r := <-done:
-		if r.err != nil {
-			return nil, r.err
-		}
-		return r.token, nil
+		return r.token, r.err
 	case <-ctx.Done():
 		return nil, fmt.Errorf("opening the token: told to stop: %w", ctx.Err())
 	case <-timer.C:

@@ -20,8 +20,11 @@ import (
 // approved is a grant that an admin and an operator of the lab gave.
 func approved(t *testing.T, lab *hsmtest.Lab, action, object string, detail map[string]string) []byte {
 	t.Helper()
-	r := identity.NewRequest(identity.Principal{Cluster: "lab", Role: identity.RoleSync, Name: "sync1"}, action, object, detail, time.Now(), time.Hour)
-	g := identity.Grant{Request: r}
+	g, err := lab.Identity(identity.RoleSRE, "sam").Propose(action, object, detail, time.Now(), time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := g.Request
 	for _, p := range []*identity.Identity{lab.Identity(identity.RoleAdmin, "admin1"), lab.Identity(identity.RoleCAOperator, "operator1")} {
 		a, err := p.Approve(r, time.Now())
 		if err != nil {

@@ -69,5 +69,6 @@ const (
 	maxAct       int64 = fixed + (identity.MaxGrant+2)/3*4
 	maxWithKey   int64 = maxAct + (hsm.MaxBlob+2)/3*4 + (maxSealed+2)/3*4
 	maxWithRoute int64 = maxAct + (maxTransport+2)/3*4
+	maxPINs      int64 = maxAct + maxKnown*(64+3)
 	maxDomain    int64 = fixed + (maxConveyed+2)/3*4
 )

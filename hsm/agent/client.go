@@ -127,6 +127,12 @@ func (c *Client) Destroy(ctx context.Context, req hsm.DestroyRequest) error {
 	return c.do(ctx, "destroy", http.MethodPost, "/v1/destroy", req, &none{})
 }
 
+// Bury has the member remember that a key was destroyed, as two people once approved, though the approval may have expired:
+// the id is used and taken in there never again. A copy that the member holds stays until it is destroyed.
+func (c *Client) Bury(ctx context.Context, req hsm.DestroyRequest) error {
+	return c.do(ctx, "bury", http.MethodPost, "/v1/bury", req, &none{})
+}
+
 // TransportKey returns the member's transport key with its agent's signature: opaque octets, to be handed to
 // ExportDomain of another member; TransportFingerprint opens them.
 func (c *Client) TransportKey(ctx context.Context) (transport []byte, err error) {
@@ -188,6 +194,13 @@ func (c *Client) SetEpoch(ctx context.Context, r hsm.EpochRecord) error {
 // attempts. Nothing happens, and the PIN is not looked at, when the member is active.
 func (c *Client) Activate(ctx context.Context, pin string) error {
 	return c.do(ctx, "activate", http.MethodPost, "/v1/activate", activateRequest{pin}, &none{})
+}
+
+// RotatePIN has the member give its token another user PIN, as two people approved. Its agent then ends, to be started again:
+// only the login in the new process, told by Health, says which PIN the token has. Nothing happens when it was done before
+// under this approval. After an error from underway nobody knows more than after none: look at Health.
+func (c *Client) RotatePIN(ctx context.Context, req hsm.PINRequest) error {
+	return c.do(ctx, opRotatePIN, http.MethodPost, "/v1/pin/rotate", req, &none{})
 }
 
 func (c *Client) do(ctx context.Context, op, method, path string, in, out any) error {

@@ -42,6 +42,9 @@ func (s *Server) domainGenerate(ctx context.Context, by identity.Principal, req 
 	if err != nil {
 		return none{}, err
 	}
+	if err := s.own(by, op, req.KEK, t, hsm.DomainGroup(req.KEK)); err != nil {
+		return none{}, err
+	}
 	if !holds(t.Info(), req.KEK) {
 		if err := s.change(op, func(f *facts) { put(&f.Domains, req.KEK, made) }); err != nil {
 			return none{}, err
@@ -59,6 +62,9 @@ func (s *Server) domainExport(ctx context.Context, by identity.Principal, req hs
 	}
 	t, err := s.token(op)
 	if err != nil {
+		return wrappedDomain{}, err
+	}
+	if err := s.own(by, op, req.Group, t, req.Group); err != nil {
 		return wrappedDomain{}, err
 	}
 	spki, to, err := attested(s.cfg.Identity, req.Recipient, s.cfg.Now())
@@ -119,6 +125,9 @@ func (s *Server) domainImport(ctx context.Context, by identity.Principal, req wr
 	const op = "domain-import"
 	t, err := s.named(op, req.KEK)
 	if err != nil {
+		return none{}, err
+	}
+	if err := s.own(by, op, req.KEK, t, hsm.DomainGroup(req.KEK)); err != nil {
 		return none{}, err
 	}
 	own, err := call(ctx, s.dog, op, s.cfg.CallTimeout, t.TransportKey)
@@ -223,6 +232,9 @@ func (s *Server) backup(ctx context.Context, by identity.Principal, req hsm.Back
 	}
 	t, err := s.token(op)
 	if err != nil {
+		return wrappedDomain{}, err
+	}
+	if err := s.own(by, op, req.Group, t, req.Group); err != nil {
 		return wrappedDomain{}, err
 	}
 	if len(req.Recipient) == 0 || len(req.Recipient) > hsm.MaxBlob {

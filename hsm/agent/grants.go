@@ -60,6 +60,25 @@ func unapproved(op, format string, args ...any) error {
 
 // approved checks that enough people approved exactly this deed.
 func (s *Server) approved(raw []byte, d deed) (approval, error) {
+	return s.approvedAt(raw, d, func(identity.Grant) time.Time { return s.cfg.Now() })
+}
+
+// approvedOnce is approved for a grant that may have expired: it was in force when the last of the people gave theirs.
+func (s *Server) approvedOnce(raw []byte, d deed) (approval, error) {
+	return s.approvedAt(raw, d, func(g identity.Grant) (at time.Time) {
+		for _, a := range g.Approvals {
+			if a.At.After(at) {
+				at = a.At
+			}
+		}
+		if now := s.cfg.Now(); at.After(now) {
+			return now
+		}
+		return at
+	})
+}
+
+func (s *Server) approvedAt(raw []byte, d deed, when func(identity.Grant) time.Time) (approval, error) {
 	if len(raw) == 0 {
 		return approval{}, unapproved(d.op, "this needs %s of %s approved by %d people", strings.Join(d.actions, " or "), d.object, s.cfg.Approvals)
 	}
@@ -81,7 +100,7 @@ func (s *Server) approved(raw []byte, d deed) (approval, error) {
 			return approval{}, unapproved(d.op, "the grant for %s of %s says %.40s=%.200q, here it is %.200q", r.Action, r.Object, k, v, known)
 		}
 	}
-	people, err := s.cfg.Identity.Approved(r, g.Approvals, s.cfg.Approvals, s.cfg.Now(), approvers...)
+	people, err := s.cfg.Identity.Granted(g, s.cfg.Approvals, when(g), approvers...)
 	if err != nil {
 		return approval{}, unapproved(d.op, "%w", err)
 	}
@@ -163,6 +182,10 @@ func enrolling(group, member, transport string) deed {
 func promoting(r hsm.EpochRecord) deed {
 	return deed{op: "epoch", actions: []string{actionPromote, actionRepair}, object: r.Site,
 		facts: map[string]string{"epoch": strconv.FormatUint(r.Epoch, 10)}, must: []string{"epoch"}}
+}
+
+func rotatingPIN(r hsm.PINRequest) deed {
+	return deed{op: opRotatePIN, actions: []string{"hsm-pin-rotate"}, object: r.Group, facts: r.Detail(), must: slices.Sorted(maps.Keys(r.Detail()))}
 }
 
 const (

@@ -50,15 +50,21 @@ func TestOnlyWhatEnoughPeopleApprovedIsDestroyed(t *testing.T) {
 		if err := json.Unmarshal(approvals, &g); err != nil {
 			t.Fatal(err)
 		}
-		g.Request = r
+		g.Request, g.Proposal = r, proposalOf(r)
 		b, err := json.Marshal(g)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return b
 	}
-	byItself := identity.NewRequest(admin.Principal(), "key-destroy", object, detail, time.Now(), time.Hour)
-	old := identity.NewRequest(w.id(t, identity.RoleSync).Principal(), "key-destroy", object, detail, time.Now().Add(-2*time.Hour), time.Hour)
+	byItself := proposed(t, admin, "key-destroy", object, detail, time.Now())
+	old := proposed(t, w.person(t, identity.RoleSRE, "sam"), "key-destroy", object, detail, time.Now().Add(-2*time.Hour))
+	// Who may use the sync identity names it as the proposer, to approve what is his own wish.
+	bySync := identity.NewRequest(w.id(t, identity.RoleSync).Principal(), "key-destroy", object, detail, time.Now(), time.Hour)
+	signedBySync := bySync
+	signedBySync.Nonce = "another"
+	other1 := w.propose(t, "key-destroy", object, detail)
+	proposals.Store(string(signedBySync.Digest()), proposalOf(other1))
 	oldOnce := old
 	oldOnce.Created, oldOnce.Expires = time.Now().UTC().Truncate(time.Second), time.Now().UTC().Truncate(time.Second).Add(time.Hour)
 	with := func(more map[string]string) []byte {
@@ -76,6 +82,8 @@ func TestOnlyWhatEnoughPeopleApprovedIsDestroyed(t *testing.T) {
 		"a requester":                 approve(t, good, admin, w.person(t, identity.RoleRequester, "requester1")),
 		"another infrastructure CA":   approve(t, good, admin, stranger),
 		"signed for another proposer": swap(byItself, approve(t, good, admin, operator)),
+		"proposed by a machine":       approve(t, bySync, admin, operator),
+		"another's proposal":          approve(t, signedBySync, admin, operator),
 		"expired":                     swap(old, approve(t, oldOnce, admin, operator)),
 		"approved for something":      swap(good, approve(t, w.propose(t, "key-destroy", object, detail), admin, operator)),
 		"another action":              w.grant(t, "key-import", object, detail),
@@ -95,7 +103,7 @@ func TestOnlyWhatEnoughPeopleApprovedIsDestroyed(t *testing.T) {
 	if _, err := s.client(identity.RoleCA).Sign(soon(t), request(k.ID, hsmtest.Digests(1))); err != nil {
 		t.Fatalf("the key does not sign any more: %v", err)
 	}
-	if got := s.acts.details("destroy", "denied"); len(got) < 18 {
+	if got := s.acts.details("destroy", "denied"); len(got) < 20 {
 		t.Errorf("%d refusals in the audit record", len(got))
 	}
 
@@ -271,6 +279,54 @@ func TestABackupIsForTheApprovedCustodiansAlone(t *testing.T) {
 		}
 	}
 	if got := s.acts.details("backup", "ok"); len(got) != 2 || !strings.Contains(got[0], "recipient="+sha(spki)) {
+		t.Errorf("audit record: %q", got)
+	}
+}
+
+// An agent that never knew, or has forgotten with its disk, is told by the group's log, with the approval of then.
+func TestADestructionIsRememberedByAnApprovalThatHasExpired(t *testing.T) {
+	w := open(t)
+	later := func(c *agent.Config) { c.Now = func() time.Time { return time.Now().Add(48 * time.Hour) } }
+	s := serve(t, w.token, later)
+	c := s.client(identity.RoleSync)
+	k, other := newKey(t, w, hsm.PurposeAudit), newKey(t, w, hsm.PurposeAudit)
+	grant := w.grant(t, "key-destroy", "demo/"+string(k.ID), map[string]string{"spki": sha(k.SPKI)})
+	one := approve(t, w.propose(t, "key-destroy", "demo/"+string(k.ID), map[string]string{"spki": sha(k.SPKI)}), w.person(t, identity.RoleAdmin, "admin1"))
+	signs := func(k hsm.KeyRecord) error {
+		_, err := s.client(identity.RoleCA).Sign(soon(t), request(k.ID, hsmtest.Digests(1)))
+		return err
+	}
+	req := hsm.DestroyRequest{Group: "demo", Key: k.ID, SPKI: k.SPKI, Grant: grant}
+	if err := c.Destroy(soon(t), req); err == nil || !strings.Contains(err.Error(), "expired") {
+		t.Errorf("destroyed by an expired approval: %v", err)
+	}
+	for name, bad := range map[string]hsm.DestroyRequest{
+		"nobody": {Group: "demo", Key: k.ID, SPKI: k.SPKI}, "one person": {Group: "demo", Key: k.ID, SPKI: k.SPKI, Grant: one},
+		"another key": {Group: "demo", Key: other.ID, SPKI: other.SPKI, Grant: grant}, "another group": {Group: "demo2", Key: k.ID, SPKI: k.SPKI, Grant: grant},
+		"another public key": {Group: "demo", Key: k.ID, SPKI: other.SPKI, Grant: grant},
+	} {
+		if err := c.Bury(soon(t), bad); err == nil {
+			t.Errorf("%s: buried", name)
+		}
+	}
+	if err := errors.Join(signs(k), signs(other)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := c.Bury(soon(t), req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if e, ok := errors.AsType[*hsm.Error](signs(k)); !ok || e.Code != hsm.CodeDestroyed {
+		t.Errorf("it signs still: %v", e)
+	}
+	if err := signs(other); err != nil {
+		t.Error(err)
+	}
+	if k, err := w.token.Key(k.ID); err != nil || k.Fault != "" {
+		t.Errorf("the copy was touched: %v", err)
+	}
+	if got := s.acts.details("bury", "ok"); len(got) != 1 || !strings.Contains(got[0], "approved_by=") {
 		t.Errorf("audit record: %q", got)
 	}
 }

@@ -73,7 +73,7 @@ func (s *Server) inventory(ctx context.Context, _ identity.Principal, _ none) (k
 	if err != nil {
 		return keysResponse{}, err
 	}
-	keys, err := watch(context.WithoutCancel(ctx), s.dog, op, 5*s.cfg.CallTimeout, free, t.Inventory)
+	keys, err := watch(context.WithoutCancel(ctx), s.dog, op, s.long(), free, t.Inventory)
 	return keysResponse{keys}, err
 }
 
@@ -153,6 +153,9 @@ func (s *Server) adopt(ctx context.Context, by identity.Principal, req hsm.Adopt
 	if err := checkGroup(op, req.Group); err != nil {
 		return hsm.KeyRecord{}, err
 	}
+	if err := s.own(by, op, string(req.Spec.ID), t, req.Group); err != nil {
+		return hsm.KeyRecord{}, err
+	}
 	if _, err := req.Spec.Algorithm.ParsePublic(req.SPKI); err != nil {
 		return hsm.KeyRecord{}, hsm.Errorf(hsm.ClassRequest, op, "%w", err)
 	}
@@ -200,6 +203,9 @@ func (s *Server) destroy(ctx context.Context, by identity.Principal, req hsm.Des
 	if err := checkGroup(op, req.Group); err != nil {
 		return none{}, err
 	}
+	if err := s.own(by, op, string(req.Key), t, req.Group); err != nil {
+		return none{}, err
+	}
 	if len(req.SPKI) == 0 || len(req.SPKI) > hsm.MaxBlob {
 		return none{}, hsm.Errorf(hsm.ClassRequest, op, "spki of %d octets: must be 1 to %d", len(req.SPKI), hsm.MaxBlob)
 	}
@@ -234,4 +240,37 @@ func (s *Server) destroy(ctx context.Context, by identity.Principal, req hsm.Des
 		}
 	}
 	return none{}, err
+}
+
+// bury remembers that people have had a key destroyed, as the group's log has it, and destroys nothing: from then on the key is
+// used by nobody here and comes in from nowhere. So an approval that has expired is as good: it says what was decided. This is
+// how an agent learns what it never knew, being new, or has forgotten, its disk and its token having been put back together.
+func (s *Server) bury(_ context.Context, by identity.Principal, req hsm.DestroyRequest) (none, error) {
+	const op = "bury"
+	if _, err := req.Key.Bytes(); err != nil {
+		return none{}, hsm.Errorf(hsm.ClassRequest, op, "%w", err)
+	}
+	if err := checkGroup(op, req.Group); err != nil {
+		return none{}, err
+	}
+	if s.cfg.State.destroyed(op, req.Key) != nil {
+		return none{}, nil
+	}
+	t, err := s.token(op)
+	if err != nil {
+		return none{}, err
+	}
+	if k, err := t.Key(req.Key); err == nil && (!bytes.Equal(k.SPKI, req.SPKI) || k.Purpose == hsm.PurposeProbe) {
+		return none{}, hsm.Errorf(hsm.ClassRequest, op, "key %s has public key %s here, not %s", req.Key, hsm.Fingerprint(k.SPKI), hsm.Fingerprint(req.SPKI))
+	}
+	d := destroying(req)
+	d.op = op
+	a, err := s.approvedOnce(req.Grant, d)
+	if err != nil {
+		return none{}, s.refused(by, op, d.object, err)
+	}
+	if err := s.fenced(op, func(f *facts) { put(&f.Destroyed, req.Key, s.cfg.Now().UTC().Truncate(time.Second)) }); err != nil {
+		return none{}, err
+	}
+	return none{}, s.audit(Act{by.String(), op, string(req.Key), "ok", "spki=" + hsm.Fingerprint(req.SPKI) + " " + a.String()})
 }

@@ -33,6 +33,7 @@ func (s *Server) routes() http.Handler {
 	mux.Handle("POST /v1/import", handle(s, route{"import", mayManage, maxBlobBody, true}, s.importKey))
 	mux.Handle("POST /v1/adopt", handle(s, route{"adopt", mayManage, maxWithKey, true}, s.adopt))
 	mux.Handle("POST /v1/destroy", handle(s, route{"destroy", mayManage, maxWithKey, true}, s.destroy))
+	mux.Handle("POST /v1/bury", handle(s, route{"bury", mayManage, maxWithKey, true}, s.bury))
 	mux.Handle("POST /v1/domain", handle(s, route{"domain-generate", mayManage, fixed, true}, s.domainGenerate))
 	mux.Handle("POST /v1/domain/export", handle(s, route{"domain-export", mayManage, maxWithRoute, true}, s.domainExport))
 	mux.Handle("POST /v1/domain/import", handle(s, route{"domain-import", mayManage, maxDomain, true}, s.domainImport))
@@ -41,6 +42,7 @@ func (s *Server) routes() http.Handler {
 	mux.Handle("POST /v1/domain/forget", handle(s, route{"domain-forget", mayManage, fixed, true}, s.domainForget))
 	mux.Handle("POST /v1/domain/backup", handle(s, route{"backup", mayManage, maxWithKey, true}, s.backup))
 	mux.Handle("POST /v1/epoch", handle(s, route{"epoch", mayManage, maxAct, true}, s.setEpoch))
+	mux.Handle("POST /v1/pin/rotate", handle(s, route{opRotatePIN, mayManage, maxPINs, true}, s.rotatePIN))
 	mux.Handle("POST /v1/activate", handle(s, route{opActivate, mayActivate, fixed, true}, s.activate))
 	mux.Handle("/v1/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		problem.Write(w, problem.New(http.StatusNotFound, "not-found", "no such operation"))

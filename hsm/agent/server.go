@@ -52,6 +52,11 @@ type Config struct {
 	ProbeEvery time.Duration
 	// Audit makes the act durable before it returns. When it fails the act does not happen, and Fatal is called.
 	Audit func(Act) error
+	// PINs changes the token's PIN; nil: it cannot be changed here, because of NoPINs. Restart ends the process in good order, to
+	// be started again; it returns at once.
+	PINs    PINs
+	NoPINs  string
+	Restart func(why string)
 	// Fatal is called once, from its own goroutine, when the process must end. It may take a moment to let answers out.
 	Fatal   func(error)
 	Now     func() time.Time
@@ -86,6 +91,8 @@ const (
 	stale = 3 * time.Second
 	// countsEvery bounds the signatures that a kill -9 can leave out of the audit counts.
 	countsEvery = 10 * time.Second
+	// lookEvery is how often the token's keys are counted, see look.
+	lookEvery = 30 * time.Second
 	// parallel bounds how many digests of one batch are in the module at once, so that one caller cannot have it all.
 	parallel = 4
 	// managers bounds the management requests that run or wait. They are served one at a time.
@@ -138,6 +145,17 @@ func (s *Server) open(t Token) error {
 	if err := s.agreeOnEpoch(t); err != nil {
 		return err
 	}
+	// A token without domain key and keys guards nothing: it was initialised since, and belongs to no group. A domain key that
+	// comes in says anew whether it is guarded.
+	if i := t.Info(); i.KEK == "" && i.NextKEK == "" && i.Keys+i.Faulty == 0 {
+		stale := false
+		s.cfg.State.read(func(f facts) { stale = f.Guarded || len(f.Transports)+len(f.Domains) > 0 })
+		if stale {
+			if err := s.change("open", func(f *facts) { f.Guarded, f.Transports, f.Domains = false, nil, nil }); err != nil {
+				return err
+			}
+		}
+	}
 	s.opened.Store(&t)
 	return nil
 }
@@ -164,20 +182,48 @@ func (s *Server) long() time.Duration { return max(30*time.Second, 20*s.cfg.Call
 // Run makes test signatures and writes signature counts to the audit record until ctx ends. The first test signature is
 // made before anything else, so that the health report is true from the start.
 func (s *Server) Run(ctx context.Context) error {
-	probe, counts := time.NewTicker(s.cfg.ProbeEvery), time.NewTicker(countsEvery)
+	probe, counts, look := time.NewTicker(s.cfg.ProbeEvery), time.NewTicker(countsEvery), time.NewTicker(lookEvery)
 	defer probe.Stop()
 	defer counts.Stop()
+	defer look.Stop()
+	var looking sync.WaitGroup
+	defer looking.Wait()
 	for s.test(ctx); ; {
 		select {
 		case <-ctx.Done():
 			return s.writeCounts()
 		case <-probe.C:
 			s.test(ctx)
+		case <-look.C:
+			looking.Go(func() { s.look(ctx) }) // no probe is to wait for it
 		case <-counts.C:
 			if err := s.writeCounts(); err != nil {
 				return err
 			}
 		}
+	}
+}
+
+// look counts the token's keys, so that Info tells of those that somebody took out, or put in, behind this agent's back. It
+// gives way to whoever manages the token.
+func (s *Server) look(ctx context.Context) {
+	const op = "count"
+	t := s.opened.Load()
+	if t == nil {
+		return
+	}
+	counter, ok := (*t).(interface{ Count() error })
+	if !ok {
+		return
+	}
+	select {
+	case s.dog.turn <- struct{}{}:
+		defer func() { <-s.dog.turn }()
+	default:
+		return
+	}
+	if _, err := call(ctx, s.dog, op, s.long(), func() (none, error) { return none{}, counter.Count() }); err != nil && ctx.Err() == nil {
+		s.cfg.Log.Error("the token's keys could not be counted", "error", err)
 	}
 }
 
@@ -207,6 +253,7 @@ func (s *Server) Info() hsm.Info {
 	i.Member, i.Incarnation = s.cfg.Member, s.cfg.Incarnation
 	i.InFlight, i.Capacity = int(s.dog.requests.Load()), s.cfg.Capacity
 	i.Probe = s.probed()
+	s.cfg.State.pin(&i.PIN)
 	return i
 }
 

@@ -42,6 +42,9 @@ type facts struct {
 	Domains map[string]origin `json:"domains,omitempty"`
 	// Used is the approvals that were acted on, by digest of the request.
 	Used map[string]use `json:"used,omitempty"`
+	// Rotation is the change of the token's PIN that is under way; nil: none. PIN is what became of the newest one.
+	Rotation *Rotation  `json:"rotation,omitempty"`
+	PIN      *pinResult `json:"pin,omitempty"`
 }
 
 // origin is where a domain key was made.

@@ -126,16 +126,35 @@ func (w *world) person(t testing.TB, role identity.Role, name string) *identity.
 	return w.ids[key]
 }
 
-// propose is a request as the sync role makes it.
+// propose is a request of somebody who approves nothing.
 func (w *world) propose(t testing.TB, action, object string, detail map[string]string) identity.Request {
 	t.Helper()
-	return identity.NewRequest(w.id(t, identity.RoleSync).Principal(), action, object, detail, time.Now(), time.Hour)
+	return proposed(t, w.person(t, identity.RoleSRE, "sam"), action, object, detail, time.Now())
+}
+
+// proposals are the proposers' signatures, by the digest of the request.
+var proposals sync.Map
+
+func proposed(t testing.TB, by *identity.Identity, action, object string, detail map[string]string, at time.Time) identity.Request {
+	t.Helper()
+	g, err := by.Propose(action, object, detail, at, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proposals.Store(string(g.Request.Digest()), g.Proposal)
+	return g.Request
+}
+
+func proposalOf(r identity.Request) *identity.Approval {
+	p, _ := proposals.Load(string(r.Digest()))
+	a, _ := p.(*identity.Approval)
+	return a
 }
 
 // approve is the grant of a request by those people.
 func approve(t testing.TB, r identity.Request, people ...*identity.Identity) []byte {
 	t.Helper()
-	g := identity.Grant{Request: r}
+	g := identity.Grant{Request: r, Proposal: proposalOf(r)}
 	for _, p := range people {
 		a, err := p.Approve(r, time.Now())
 		if err != nil {

@@ -93,6 +93,12 @@ func (l *Lab) Identity(role identity.Role, name string) *identity.Identity {
 	return id
 }
 
+// Files is a fresh identity of that role and name, for another process.
+func (l *Lab) Files(role identity.Role, name string) identity.Files {
+	l.t.Helper()
+	return l.files(role, name)
+}
+
 func (l *Lab) files(role identity.Role, name string) identity.Files {
 	l.t.Helper()
 	f, err := l.authority.IssueTo(filepath.Join(l.dir, string(role)+"-"+name), identity.Principal{Cluster: "lab", Role: role, Name: name}, nil, nil, time.Hour)
@@ -102,12 +108,14 @@ func (l *Lab) files(role identity.Role, name string) identity.Files {
 	return f
 }
 
-// Grant is what a machine proposed and two people of the lab, an admin and a CA operator, approved.
+// Grant is what one person of the lab proposed and two others, an admin and a CA operator, approved.
 func (l *Lab) Grant(action, object string, detail map[string]string) identity.Grant {
 	l.t.Helper()
 	now := time.Now()
-	proposer := identity.Principal{Cluster: "lab", Role: identity.RoleSync, Name: "sync1"}
-	g := identity.Grant{Request: identity.NewRequest(proposer, action, object, detail, now, time.Hour)}
+	g, err := l.Identity(identity.RoleSRE, "sam").Propose(action, object, detail, now, time.Hour)
+	if err != nil {
+		l.t.Fatal(err)
+	}
 	for _, p := range []*identity.Identity{l.Identity(identity.RoleAdmin, "alice"), l.Identity(identity.RoleCAOperator, "bob")} {
 		a, err := p.Approve(g.Request, now)
 		if err != nil {

@@ -205,6 +205,9 @@ func (m *Member) running() bool {
 	}
 }
 
+// Ended tells whether the process has ended, or was never started.
+func (m *Member) Ended() bool { return !m.running() }
+
 // Exit waits for the process's own end and returns its exit code.
 func (m *Member) Exit() int {
 	m.lab.t.Helper()

@@ -55,6 +55,22 @@ func BenchmarkOpen(b *testing.B) {
 	}
 }
 
+// BenchmarkCount is what an agent does twice a minute, with a few hundred keys.
+func BenchmarkCount(b *testing.B) {
+	cfg, _ := softHSM.fresh(b)
+	token := open(b, cfg)
+	for i := range 300 {
+		if _, err := token.Generate(hsmtest.Spec(fmt.Sprintf("k-%d", i), hsm.PurposeOCSP)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		if err := token.Count(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 // BenchmarkInventory is with a few hundred keys.
 func BenchmarkInventory(b *testing.B) {
 	for _, m := range []*kind{softHSM, nss} {

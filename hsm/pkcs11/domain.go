@@ -115,8 +115,28 @@ func (t *Token) setCurrent(kek string) error {
 	return t.write(noteDomains, value)
 }
 
+// known is domains without looking for them, as long as the keys are where they were: see handles.go.
+func (t *Token) known() (domains, error) {
+	if t.kept != nil && len(t.kept.whole) > 0 && len(t.kept.halves) == 0 && !slices.ContainsFunc(t.kept.whole, func(k domainKeys) bool {
+		return !t.labelled(k.kek, kekPrefix+k.name) || !t.labelled(k.mac, macPrefix+k.name)
+	}) {
+		return *t.kept, nil
+	}
+	d, err := t.domains()
+	if err == nil {
+		t.kept = &d
+	}
+	return d, err
+}
+
+func (t *Token) labelled(object p11.ObjectHandle, label string) bool {
+	v, err := t.read(object, p11.CKA_LABEL)
+	return err == nil && string(v[0]) == label
+}
+
 // domains reads what the token holds.
 func (t *Token) domains() (d domains, err error) {
+	t.kept = nil // whoever asks is about to change it, or does not believe it
 	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_SECRET_KEY)})
 	if err != nil {
 		return d, err
@@ -170,6 +190,7 @@ func (t *Token) readDomains() error {
 	if err != nil {
 		return classify("domain", err)
 	}
+	t.kept = &d
 	t.mu.Lock()
 	t.current, t.next = d.names()
 	t.mu.Unlock()
@@ -178,7 +199,7 @@ func (t *Token) readDomains() error {
 
 // domain is a domain that the token holds whole, or ClassRequest. Empty is the current one.
 func (t *Token) domain(op, kek string) (domainKeys, error) {
-	d, err := t.domains()
+	d, err := t.known()
 	if err != nil {
 		return domainKeys{}, classify(op, err)
 	}
@@ -397,6 +418,7 @@ func (t *Token) Rotate(kek string) error {
 	if _, err := t.domain(op, kek); err != nil {
 		return err
 	}
+	t.kept = nil
 	if err := t.setCurrent(kek); err != nil {
 		return classify(op, err)
 	}

@@ -26,10 +26,12 @@ func (t *Token) Inventory() ([]hsm.KeyRecord, error) {
 }
 
 func (t *Token) inventory() ([]hsm.KeyRecord, error) {
-	list, err := t.list()
+	t.setHeld(nil)
+	list, held, strangers, err := t.list()
 	if err != nil {
 		return nil, classify("inventory", err)
 	}
+	t.setHeld(held)
 	keys := make(map[hsm.KeyID]hsm.KeyRecord, len(list))
 	foreign := 0
 	for _, k := range list {
@@ -49,7 +51,7 @@ func (t *Token) inventory() ([]hsm.KeyRecord, error) {
 			keys[id] = k
 		}
 	}
-	t.keys, t.foreign, t.digest = keys, foreign, ""
+	t.keys, t.foreign, t.strangers, t.digest = keys, foreign, strangers, ""
 	var gone []hsm.KeyID
 	for id := range t.signers {
 		if keys[id].Fault != "" || keys[id].ID == "" {
@@ -73,36 +75,45 @@ func (t *Token) inventory() ([]hsm.KeyRecord, error) {
 	return list, nil
 }
 
-// list reads the token.
-func (t *Token) list() ([]hsm.KeyRecord, error) {
+// list reads the token. Held are the handles of all its private and public keys, but for the transport key; strangers the
+// fingerprints of other members' transport keys.
+func (t *Token) list() (list []hsm.KeyRecord, held map[string]handles, strangers []string, err error) {
 	publics, err := t.publics()
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
+	}
+	held = make(map[string]handles, len(publics))
+	for id, objects := range publics {
+		held[id] = handles{publics: objects}
 	}
 	privates, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
-	var list []hsm.KeyRecord
 	for _, object := range privates {
 		v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL)
 		if err != nil {
-			return nil, err
+			return nil, nil, nil, err
 		}
-		if string(v[1]) == transportLabel {
+		if string(v[1]) == t.transportLabel() {
 			continue
 		}
-		k, err := t.record(object, v[0], string(v[1]), publics[string(v[0])])
-		if err != nil {
-			return nil, err
+		if isTransport(string(v[1])) {
+			strangers = append(strangers, t.stranger(object))
 		}
-		delete(publics, string(v[0]))
+		id := string(v[0])
+		k, err := t.record(object, v[0], string(v[1]), held[id].publics)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		delete(publics, id)
+		held[id] = handles{append(held[id].privates, object), held[id].publics}
 		list = append(list, k)
 	}
 	for id, objects := range publics {
 		k, ours, err := t.lone(id, objects)
 		if err != nil {
-			return nil, err
+			return nil, nil, nil, err
 		}
 		if ours {
 			list = append(list, k)
@@ -110,18 +121,18 @@ func (t *Token) list() ([]hsm.KeyRecord, error) {
 	}
 	secrets, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_SECRET_KEY)})
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
 	for _, object := range secrets {
 		v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL)
 		if err != nil {
-			return nil, err
+			return nil, nil, nil, err
 		}
 		if _, _, ok := parseDomainLabel(string(v[1])); !ok && !isNote(string(v[1])) {
 			list = append(list, hsm.KeyRecord{KeySpec: hsm.KeySpec{ID: hsm.KeyIDOf(v[0]), Label: string(v[1])}, Foreign: true})
 		}
 	}
-	return list, nil
+	return list, held, strangers, nil
 }
 
 // publics lists the public keys by their ids.
@@ -215,10 +226,8 @@ type pair struct {
 func (p pair) empty() bool { return len(p.privates)+len(p.publics) == 0 }
 
 func (t *Token) pair(id []byte) (p pair, err error) {
-	for class, to := range map[uint]*[]p11.ObjectHandle{p11.CKO_PRIVATE_KEY: &p.privates, p11.CKO_PUBLIC_KEY: &p.publics} {
-		if *to, err = t.find(attribute{p11.CKA_CLASS, class}, attribute{p11.CKA_ID, id}); err != nil {
-			return p, err
-		}
+	if p.privates, p.publics, err = t.under(id); err != nil {
+		return p, err
 	}
 	if len(p.privates) > 1 {
 		return p, hsm.Errorf(hsm.ClassRequest, "find", "%d private keys in token %s have id %x: an operator must look", len(p.privates), t.label, id)

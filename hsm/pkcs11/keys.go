@@ -65,10 +65,13 @@ func (t *Token) generate(spec hsm.KeySpec) (hsm.KeyRecord, error) {
 		template(naming(spec, id), k.generation(), t.raw.profile.keeps(publicPolicy())),
 		template(naming(spec, id), t.raw.profile.privatePolicy(!spec.NonExtractable)))
 	if err != nil {
+		t.setHeld(nil) // perhaps it was made
 		return hsm.KeyRecord{}, classify(op, err)
 	}
+	t.holds(id, handles{[]p11.ObjectHandle{private}, []p11.ObjectHandle{public}})
 	record, err := t.asMade(spec, id, private)
 	if err != nil {
+		t.setHeld(nil)
 		if gone := t.remove(private, public); gone != nil {
 			t.log.Error("removing a key that came out wrong", "key", spec.ID, "error", gone)
 		}
@@ -120,7 +123,21 @@ func (t *Token) clear(p pair, spec hsm.KeySpec) error {
 	}
 	t.log.Warn("removing an unfinished key", "key", spec.ID, "token", t.label, "fault", p.record.Fault)
 	t.forget(spec.ID)
-	return t.remove(append(p.privates, p.publics...)...)
+	id, err := spec.ID.Bytes()
+	if err != nil {
+		return err
+	}
+	return t.removePair(id, p)
+}
+
+// removePair removes all that is under one id, the private half first.
+func (t *Token) removePair(id []byte, p pair) error {
+	if err := t.remove(append(p.privates, p.publics...)...); err != nil {
+		t.setHeld(nil)
+		return err
+	}
+	t.holds(id, handles{})
+	return nil
 }
 
 // fixUsage takes from a private key the uses that the module has given it against its template.
@@ -322,6 +339,9 @@ func (t *Token) bringIn(in arrival) (k hsm.KeyRecord, err error) {
 	}
 	var made []p11.ObjectHandle
 	defer func() {
+		if err != nil {
+			t.setHeld(nil) // perhaps more was made than is known
+		}
 		if err != nil && len(made) > 0 {
 			if gone := t.remove(made...); gone != nil {
 				t.log.Error("removing the key of a failed import", "key", in.spec.ID, "error", gone)
@@ -337,6 +357,7 @@ func (t *Token) bringIn(in arrival) (k hsm.KeyRecord, err error) {
 			return k, opaque(in.op, err)
 		}
 		made = append(made, object)
+		t.holds(in.id, handles{[]p11.ObjectHandle{object}, p.publics})
 		if err := t.proves(object, in.spec.ID, in.spec.Algorithm, in.pub); err != nil {
 			return k, err
 		}
@@ -357,6 +378,7 @@ func (t *Token) bringIn(in arrival) (k hsm.KeyRecord, err error) {
 			return k, err
 		}
 		made = append(made, public)
+		t.holds(in.id, handles{[]p11.ObjectHandle{object}, []p11.ObjectHandle{public}})
 	}
 	if p, err = t.pair(in.id); err != nil {
 		return k, err
@@ -407,7 +429,7 @@ func (t *Token) Destroy(id hsm.KeyID, spki []byte) error {
 		}
 	}
 	t.forget(id)
-	return classify(op, t.remove(append(p.privates, p.publics...)...))
+	return classify(op, t.removePair(ckaID, p))
 }
 
 // anyKey parses a public key whatever its kind.
@@ -443,7 +465,7 @@ func (t *Token) ensureProbe() error {
 		p, err := t.pair(id)
 		if err == nil {
 			t.forget(k.ID)
-			err = t.remove(append(p.privates, p.publics...)...)
+			err = t.removePair(id, p)
 		}
 		if err != nil {
 			return classify("probe", err)

@@ -299,3 +299,30 @@ func TestWeakDomainsAreRefused(t *testing.T) {
 		}
 	})
 }
+
+func TestAKeyTakenOutBehindTheProcessIsNoticedByCounting(t *testing.T) {
+	each(t, func(t *testing.T, m *kind) {
+		cfg, _ := m.fresh(t)
+		token := open(t, cfg)
+		kept, err := token.Generate(hsmtest.Spec("kept", hsm.PurposeCA))
+		must(t, err)
+		lost, err := token.Generate(hsmtest.Spec("lost", hsm.PurposeCA))
+		must(t, err)
+		must(t, token.Count())
+		before := token.Info()
+		must(t, token.DestroyHalves(lost.ID, p11.CKO_PRIVATE_KEY))
+		if i := token.Info(); i.Digest != before.Digest {
+			t.Fatal("the token has told without having been asked")
+		}
+		must(t, token.Count())
+		if i := token.Info(); i.Digest == before.Digest || i.Keys != 1 || i.Faulty != 1 {
+			t.Errorf("%+v", i)
+		}
+		hsmtest.SignAndVerify(t, hsmtest.Direct(token), kept, 1)
+		must(t, token.Plant("stranger", []byte("0123456789abcdef")))
+		must(t, token.Count())
+		if i := token.Info(); i.Foreign == 0 {
+			t.Errorf("a key that somebody put in: %+v", i)
+		}
+	})
+}

@@ -73,6 +73,10 @@ func (t *Token) signer(id hsm.KeyID) (*signer, error) {
 	return s, nil
 }
 
+// fewKeys is in how many keys crypto11 may look for one. It knows no other way to a key, and where the module looks at every
+// object a search among thousands takes longer than a signature may.
+const fewKeys = 100
+
 // makeSigner finds the private key, and has it sign once: what answers to the key's name must be the key. One that is
 // another is faulty from now on.
 func (t *Token) makeSigner(k hsm.KeyRecord) (*signer, error) {
@@ -85,7 +89,10 @@ func (t *Token) makeSigner(k hsm.KeyRecord) (*signer, error) {
 		return nil, hsm.Errorf(hsm.ClassNotFound, "sign", "key %s in token %s: %w", k.ID, t.label, err)
 	}
 	s := &signer{algorithm: k.Algorithm}
-	if t.p11 != nil && k.Algorithm != hsm.Ed25519 { // which crypto11 does not know
+	t.mu.RLock()
+	few := len(t.keys) <= fewKeys
+	t.mu.RUnlock()
+	if t.p11 != nil && few && k.Algorithm != hsm.Ed25519 { // which crypto11 does not know
 		pair, err := t.p11.FindKeyPair(id, []byte(k.ObjectLabel()))
 		if err != nil {
 			return nil, classify("find", err)
@@ -133,14 +140,10 @@ func (t *Token) signsWithProbe() bool {
 
 // signDirectly has s sign through the module itself.
 func (t *Token) signDirectly(s *signer, k hsm.KeyRecord, id []byte) error {
-	objects, err := find(t.raw.Ctx, t.copies, append(naming(k.KeySpec, id), attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})...)
+	object, err := t.located(k, id)
 	if err != nil {
 		return err
 	}
-	if len(objects) != 1 {
-		return hsm.Errorf(hsm.ClassNotFound, "find", "%d private keys in token %s are key %s", len(objects), t.label, k.ID)
-	}
-	object := objects[0]
 	if t.raw.profile.SessionCopy {
 		if object, err = t.raw.CopyObject(t.copies, object, template([]attribute{{p11.CKA_TOKEN, false}})); err != nil {
 			return err
@@ -158,6 +161,25 @@ func (t *Token) signDirectly(s *signer, k hsm.KeyRecord, id []byte) error {
 		return sig, err
 	}
 	return nil
+}
+
+// located is the private key's handle, from memory if it still has the key's name.
+func (t *Token) located(k hsm.KeyRecord, id []byte) (p11.ObjectHandle, error) {
+	if object := t.private(id); object != 0 {
+		ask := []*p11.Attribute{p11.NewAttribute(p11.CKA_CLASS, nil), p11.NewAttribute(p11.CKA_ID, nil), p11.NewAttribute(p11.CKA_LABEL, nil)}
+		v, err := t.raw.GetAttributeValue(t.copies, object, ask)
+		if err == nil && bytes.Equal(v[0].Value, ulong(p11.CKO_PRIVATE_KEY)) && bytes.Equal(v[1].Value, id) && string(v[2].Value) == k.ObjectLabel() {
+			return object, nil
+		}
+	}
+	objects, err := find(t.raw.Ctx, t.copies, append(naming(k.KeySpec, id), attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})...)
+	if err != nil {
+		return 0, err
+	}
+	if len(objects) != 1 {
+		return 0, hsm.Errorf(hsm.ClassNotFound, "find", "%d private keys in token %s are key %s", len(objects), t.label, k.ID)
+	}
+	return objects[0], nil
 }
 
 // retire ends a signer. The caller holds making.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -31,6 +32,8 @@ type Config struct {
 	Profile string
 	// Dir is the token's directory, for modules that must be told it when they are initialised (NSS).
 	Dir string
+	// Member is the member's name: the token's transport key is named after it.
+	Member string
 	// Test admits a module that does not keep non-extractable keys inside: for interoperability tests, never for real keys.
 	Test bool
 	// MaxSessions bounds the sessions that sign at the same time; 0 means 16. Two more are opened for management.
@@ -52,8 +55,10 @@ type Token struct {
 	pool  *sessions
 	slot  uint
 	label string
-	info  p11.TokenInfo
-	probe hsm.KeyRecord
+	// member is the name of this token's member.
+	member string
+	info   p11.TokenInfo
+	probe  hsm.KeyRecord
 	// keyWrapPad is the mechanism that SelfTest found to be RFC 5649.
 	keyWrapPad uint
 	transport  []byte
@@ -61,6 +66,7 @@ type Token struct {
 	// manage serialises everything done with session.
 	manage  sync.Mutex
 	session p11.SessionHandle
+	kept    *domains // the domains, as last read; nil: look
 
 	// making serialises the making and unmaking of signers; copies holds their copies of keys (Profile.SessionCopy).
 	making sync.Mutex
@@ -71,11 +77,14 @@ type Token struct {
 	keys    map[hsm.KeyID]hsm.KeyRecord
 	bad     map[hsm.KeyID]string // keys whose test signature was not theirs
 	signers map[hsm.KeyID]*signer
+	held    map[string]handles // by CKA_ID; nil: not known, see under
 	foreign int
-	digest  string // of keys; empty: not computed since they changed
-	current string
-	next    string
-	epoch   hsm.EpochRecord
+	// strangers are the fingerprints of other members' transport keys, which are among the foreign objects.
+	strangers []string
+	digest    string // of keys; empty: not computed since they changed
+	current   string
+	next      string
+	epoch     hsm.EpochRecord
 }
 
 // Open loads the module, logs in once, makes the token-local probe and transport keys if they are missing, and lets the
@@ -102,7 +111,7 @@ func Open(cfg Config) (*Token, error) {
 		}
 	}
 	t := &Token{
-		log: cfg.Log, label: cfg.TokenLabel,
+		log: cfg.Log, label: cfg.TokenLabel, member: cfg.Member,
 		keys: map[hsm.KeyID]hsm.KeyRecord{}, bad: map[hsm.KeyID]string{}, signers: map[hsm.KeyID]*signer{},
 	}
 	if err := t.login(cfg, pin); err != nil {
@@ -175,6 +184,9 @@ func (t *Token) load(test bool) error {
 	if err := t.readEpoch(); err != nil {
 		return err
 	}
+	if err := t.lookAtPIN(); err != nil { // the login has changed what it says
+		return err
+	}
 	return t.ensureProbe()
 }
 
@@ -218,6 +230,7 @@ func (t *Token) Info() hsm.Info {
 	out := hsm.Info{
 		TokenSerial: t.info.SerialNumber, TokenLabel: t.label, Model: strings.TrimSpace(t.info.ManufacturerID + " " + t.info.Model),
 		KEK: t.current, NextKEK: t.next, Transport: hsm.Fingerprint(t.transport), Foreign: t.foreign,
+		Strangers: slices.Clone(t.strangers), PIN: hsm.PIN{Warning: pinWarning(t.info.Flags)},
 	}
 	list := make([]hsm.KeyRecord, 0, len(t.keys))
 	for _, k := range t.keys {

@@ -4,13 +4,42 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"math/big"
+	"strings"
 
 	p11 "github.com/miekg/pkcs11"
 
 	"trivet/hsm"
 )
 
-const transportLabel = "trivet-transport"
+// A transport key is named after its member, so that one that a vendor's cloning brought along is no second one of this token.
+const transportPrefix = hsm.TransportPrefix
+
+func (t *Token) transportLabel() string { return transportNamed(t.member) }
+
+func transportNamed(member string) string {
+	if member == "" {
+		return transportPrefix
+	}
+	return transportPrefix + ":" + member
+}
+
+// isTransport tells whether an object of that label is some member's transport key.
+func isTransport(label string) bool {
+	return label == transportPrefix || strings.HasPrefix(label, transportPrefix+":")
+}
+
+// stranger is the fingerprint of another member's transport key; empty where it cannot be told.
+func (t *Token) stranger(object p11.ObjectHandle) string {
+	v, err := t.read(object, p11.CKA_MODULUS, p11.CKA_PUBLIC_EXPONENT)
+	if err != nil || len(v[0]) == 0 || len(v[1]) == 0 {
+		return ""
+	}
+	spki, err := transportSPKI(v[0], v[1])
+	if err != nil {
+		return ""
+	}
+	return hsm.Fingerprint(spki)
+}
 
 // TransportKey is the SPKI of the RSA key that only unwraps a domain key coming into this token, and never leaves it.
 func (t *Token) TransportKey() ([]byte, error) { return t.transport, nil }
@@ -18,7 +47,7 @@ func (t *Token) TransportKey() ([]byte, error) { return t.transport, nil }
 // transportPrivate is the private half of the transport key. It has no public half in the token: its own attributes say
 // what that is.
 func (t *Token) transportPrivate() (p11.ObjectHandle, error) {
-	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)}, attribute{p11.CKA_LABEL, []byte(transportLabel)})
+	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)}, attribute{p11.CKA_LABEL, []byte(t.transportLabel())})
 	if err != nil {
 		return 0, err
 	}
@@ -31,12 +60,12 @@ func (t *Token) transportPrivate() (p11.ObjectHandle, error) {
 // ensureTransport finds or makes the transport key: RSA-3072, unwrap only, never extractable.
 func (t *Token) ensureTransport() ([]byte, error) {
 	const op = "transport"
-	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)}, attribute{p11.CKA_LABEL, []byte(transportLabel)})
+	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)}, attribute{p11.CKA_LABEL, []byte(t.transportLabel())})
 	if err != nil {
 		return nil, classify(op, err)
 	}
 	if len(objects) > 1 {
-		return nil, hsm.Errorf(hsm.ClassRequest, op, "token %s holds %d transport keys: an operator must look", t.label, len(objects))
+		return nil, hsm.Errorf(hsm.ClassRequest, op, "token %s holds %d transport keys of this member: an operator must look", t.label, len(objects))
 	}
 	if len(objects) == 1 {
 		v, err := t.read(objects[0], p11.CKA_MODULUS, p11.CKA_PUBLIC_EXPONENT)
@@ -51,7 +80,7 @@ func (t *Token) ensureTransport() ([]byte, error) {
 		}
 	}
 	id, _ := hsm.NewKeyID().Bytes() // well-formed by construction
-	name := []attribute{{p11.CKA_ID, id}, {p11.CKA_LABEL, []byte(transportLabel)}}
+	name := []attribute{{p11.CKA_ID, id}, {p11.CKA_LABEL, []byte(t.transportLabel())}}
 	_, private, err := t.raw.GenerateKeyPair(t.session, []*p11.Mechanism{p11.NewMechanism(p11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)},
 		template(name, []attribute{{p11.CKA_MODULUS_BITS, hsm.TransportBits}, {p11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1}},
 			{p11.CKA_TOKEN, false}, {p11.CKA_WRAP, true}, {p11.CKA_ENCRYPT, false}, {p11.CKA_VERIFY, false}}),
