@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"trivet/hsm"
@@ -29,6 +31,62 @@ const (
 	ActDestroy = "key-destroy"
 	ActImport  = "key-import"
 )
+
+// Actions that need approval by the group's log alone: no member is asked to do anything, so none can check it.
+const (
+	ActRetire = "key-retire"
+	ActPolicy = "hsm-policy"
+	ActDrain  = "hsm-drain"  // forced
+	ActRemove = "hsm-remove" // forced
+)
+
+// forceAct is the act of draining or removing a member that would be refused. It holds as long as the member stays where it is
+// in the log.
+func (c *Coordinator) forceAct(action string, m GroupMember) Act {
+	return Act{action, c.cfg.Group + "/" + m.Name, map[string]string{"force": "true", "token": m.TokenSerial, "since": strconv.FormatUint(max(m.N, m.Recovered), 10)}}
+}
+
+func (c *Coordinator) retireAct(k ManifestKey) Act {
+	return Act{ActRetire, c.cfg.Group + "/" + string(k.ID), map[string]string{
+		"spki": hsm.Fingerprint(k.SPKI), "label": k.Label, "purpose": string(k.Purpose),
+	}}
+}
+
+// policyAct is the act of weakening the policy that entry n made.
+func (c *Coordinator) policyAct(was, will Policy, n uint64) Act {
+	d := map[string]string{"since": strconv.FormatUint(n, 10)}
+	for i, f := range was.fields() {
+		if to := will.fields()[i]; to.value != f.value {
+			d[f.name] = to.value + " instead of " + f.value
+		}
+	}
+	return Act{ActPolicy, c.cfg.Group, d}
+}
+
+// field is one field of a policy, as people read it.
+type field struct{ name, value string }
+
+func (p Policy) fields() []field {
+	return []field{
+		{"driver", p.Driver}, {"non_extractable", strconv.FormatBool(p.NonExtractable)}, {"creation", p.Creation}, {"master", p.Master}, {"min_copies", strconv.Itoa(p.MinCopies)},
+		{"prefer", p.Prefer}, {"sites", strings.Join(p.Sites, ",")}, {"destroy_after", p.DestroyAfter.String()},
+	}
+}
+
+// weaker tells whether a change of the policy takes away what protects keys.
+func weaker(was, will Policy) bool {
+	return will.MinCopies < was.MinCopies || will.DestroyAfter < was.DestroyAfter || was.NonExtractable && !will.NonExtractable ||
+		was.Creation == CreationMaster && will.Creation != CreationMaster
+}
+
+// approvedBy is approved with the first of the grants, if there is one.
+func (c *Coordinator) approvedBy(grants [][]byte, a Act) (Approved, error) {
+	var grant []byte
+	if len(grants) > 0 {
+		grant = grants[0]
+	}
+	return c.approved(grant, a)
+}
 
 // EnrollAct is the act of letting a token into the group. Fingerprint is its transport key's, as people have compared it.
 func (c *Coordinator) EnrollAct(member, fingerprint string) Act {
@@ -96,13 +154,14 @@ func (c *Coordinator) approved(grant []byte, a Act) (Approved, error) {
 			return fail("what was approved says %s=%s, here it is %q", k, v, a.Detail[k])
 		}
 	}
+	everything := slices.Contains([]string{ActRetire, ActPolicy, ActDrain, ActRemove, ActPIN}, a.Action)
 	for _, k := range slices.Sorted(maps.Keys(a.Detail)) {
 		// What the members insist on; the rest may be left out.
-		if _, said := r.Detail[k]; !said && slices.Contains([]string{"spki", "transport", "recipient"}, k) {
+		if _, said := r.Detail[k]; !said && (everything || slices.Contains([]string{"spki", "transport", "recipient"}, k)) {
 			return fail("what was approved does not say %s", k)
 		}
 	}
-	people, err := c.cfg.Identity.Approved(r, g.Approvals, c.cfg.Approvals, c.cfg.Now(), identity.RoleAdmin, identity.RoleCAOperator)
+	people, err := c.cfg.Identity.Granted(g, c.cfg.Approvals, c.cfg.Now(), identity.RoleAdmin, identity.RoleCAOperator)
 	if err != nil {
 		return fail("%w", err)
 	}
@@ -113,17 +172,25 @@ func (c *Coordinator) approved(grant []byte, a Act) (Approved, error) {
 	if out.Request, err = json.Marshal(r); err == nil {
 		out.Approvals, err = json.Marshal(g.Approvals)
 	}
+	if err == nil {
+		out.Proposal, err = json.Marshal(g.Proposal)
+	}
 	return out, err
 }
 
 // grant is the approval as it travelled, for members that come back later; nil when there is none, or not any more.
 func (a Approved) grant(now time.Time) []byte {
-	var g identity.Grant
-	if len(a.Request) == 0 || json.Unmarshal(a.Request, &g.Request) != nil || json.Unmarshal(a.Approvals, &g.Approvals) != nil || now.After(g.Request.Expires) {
-		return nil
+	if g, ok := a.evidence(); ok && !now.After(g.Request.Expires) {
+		b, _ := json.Marshal(g) // of what was just unmarshalled
+		return b
 	}
-	b, _ := json.Marshal(g) // of what was just unmarshalled
-	return b
+	return nil
+}
+
+// evidence is the approval as it travelled, expired or not.
+func (a Approved) evidence() (g identity.Grant, ok bool) {
+	ok = len(a.Request) > 0 && json.Unmarshal(a.Request, &g.Request) == nil && json.Unmarshal(a.Approvals, &g.Approvals) == nil && json.Unmarshal(a.Proposal, &g.Proposal) == nil
+	return g, ok
 }
 
 // publicOf is the DER SPKI of a private key of that algorithm.

@@ -10,8 +10,9 @@ import (
 	"trivet/hsmsync/custody"
 )
 
-// Backup makes a bundle of every live key, wrapped with the domain key, and the domain key, wrapped for the custodians'
-// recipient. The approval is BackupAct. Retired keys are left out: nothing can use them.
+// Backup makes a bundle of every live and retired key, wrapped with the domain key, and the domain key, wrapped for the
+// custodians' recipient. The approval is BackupAct. A live key that cannot be wrapped is an error; of a retired one the
+// bundle says why it is not in it.
 func (c *Coordinator) Backup(ctx context.Context, to custody.Recipient, grant []byte) (custody.Bundle, error) {
 	b, err := c.backup(ctx, to, grant)
 	if err != nil {
@@ -62,24 +63,47 @@ func (c *Coordinator) backup(ctx context.Context, to custody.Recipient, grant []
 	if err := errors.Join(failed...); err != nil {
 		return b, fmt.Errorf("wrapping the domain key: %w", err)
 	}
-	keys := s.In(StateLive)
-	blobs := make([]hsm.Blob, len(keys))
+	keys := s.In(StateLive, StateRetired)
+	blobs, missing := make([]hsm.Blob, len(keys)), make([]string, len(keys))
 	done := c.counts("export", "", len(keys))
 	at := map[hsm.KeyID]int{}
 	for i, k := range keys {
 		at[k.ID] = i
 		b.Keys = append(b.Keys, k.KeyRecord)
+		if k.State == StateRetired {
+			b.Retired = append(b.Retired, k.ID)
+		}
 	}
 	if err := each(ctx, copyAtOnce, keys, func(ctx context.Context, k ManifestKey) (err error) {
-		if blobs[at[k.ID]], err = c.export(ctx, k.KeyRecord, b.Domain, turned(sources, int(k.N))); err == nil {
+		i := at[k.ID]
+		if k.NonExtractable || !k.Algorithm.Cloneable() {
+			missing[i] = "it never leaves its token (non-extractable)"
+			done()
+			return nil
+		}
+		blobs[i], err = c.export(ctx, k.KeyRecord, b.Domain, turned(sources, int(k.N)))
+		if err != nil && k.State == StateRetired && ctx.Err() == nil {
+			missing[i], err = shorten(err.Error()), nil
+		}
+		if err == nil {
 			done()
 		}
 		return err
 	}); err != nil {
 		return b, err
 	}
-	b.Blobs = blobs
-	c.log.Warn("group backed up", "keys", len(keys), "domain", b.Domain, "recipient", to.Fingerprint(), "approved_by", evidence.By)
+	for i, why := range missing {
+		if why == "" {
+			b.Blobs = append(b.Blobs, blobs[i])
+			continue
+		}
+		if b.Missing == nil {
+			b.Missing = map[hsm.KeyID]string{}
+		}
+		b.Missing[keys[i].ID] = why
+		c.log.Warn("a key is not in the backup", "key", keys[i].ID, "label", keys[i].Label, "state", keys[i].State, "why", why)
+	}
+	c.log.Warn("group backed up", "keys", len(b.Blobs), "retired_among_them", len(b.Retired)-len(b.Missing), "missing", len(b.Missing), "domain", b.Domain, "recipient", to.Fingerprint(), "approved_by", evidence.By)
 	text, err := b.Encode()
 	if err != nil {
 		return b, err

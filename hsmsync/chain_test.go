@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -48,6 +50,23 @@ func (m *memory) Log(ctx context.Context, group string, from uint64) ([]hsmsync.
 	out = slices.DeleteFunc(out, func(e hsmsync.Entry) bool { return e.N < from })
 	m.reads += len(out)
 	return out, errors.Join(m.down, ctx.Err())
+}
+
+// Groups implements hsmsync.Lister.
+func (m *memory) Groups(ctx context.Context) ([]hsmsync.Known, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var all []hsmsync.Known
+	know := func(name string, log []hsmsync.Entry) {
+		if n := len(log); n > 0 && !strings.Contains(name, "/") {
+			all = append(all, hsmsync.Known{Name: name, Deleted: log[n-1].Event == "deleted"})
+		}
+	}
+	know("ca", m.entries)
+	for _, name := range slices.Sorted(maps.Keys(m.logs)) {
+		know(name, m.logs[name])
+	}
+	return all, errors.Join(m.down, ctx.Err())
 }
 
 func (m *memory) Append(ctx context.Context, group string, e hsmsync.Entry) error {

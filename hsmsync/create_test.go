@@ -128,9 +128,42 @@ func TestACallerThatGivesUpLeavesTheKeyAbandoned(t *testing.T) {
 	})
 }
 
-func TestAKeyLeftPendingByACrashIsAbandonedAndMadeAnew(t *testing.T) {
+func TestAKeyLeftPendingByACrashIsFinished(t *testing.T) {
+	for _, at := range []string{"generate", "import", "challenge"} {
+		t.Run(at, func(t *testing.T) {
+			atDesk(t, func(t *testing.T, d *desk) {
+				before := len(d.chain.events())
+				crash := errors.New("crash")
+				d.chain.after = func(e hsmsync.Entry) error {
+					if e.Event == "pending" {
+						d.chain.down = crash
+					}
+					return nil
+				}
+				for _, m := range d.members {
+					m.with(at, lostAnswer)
+				}
+				_, err := d.create()
+				failed(t, err, "crash")
+				d.chain.down, d.chain.after = nil, nil
+				for _, m := range d.members {
+					m.with(at, nil)
+				}
+				r, err := d.create()
+				good(t, err)
+				if got := strings.Join(d.chain.events()[before:], " "); got != "pending live" || !slices.Equal(d.live(), []hsm.KeyID{r.ID}) {
+					t.Errorf("the log says %q", got)
+				}
+				for _, m := range d.members {
+					d.same(m.name, r)
+				}
+			})
+		})
+	}
+}
+
+func TestAPendingKeyWhoseMakerIsGoneIsMadeAnew(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
-		before := len(d.chain.events())
 		crash := errors.New("crash")
 		d.chain.after = func(e hsmsync.Entry) error {
 			if e.Event == "pending" {
@@ -138,19 +171,64 @@ func TestAKeyLeftPendingByACrashIsAbandonedAndMadeAnew(t *testing.T) {
 			}
 			return nil
 		}
-		for _, m := range d.members {
-			m.with("generate", failing(hsm.ClassDevice))
-		}
+		d.at["a"].with("generate", lostAnswer) // and if it has made it, another member must not make another one under that id
 		_, err := d.create()
 		failed(t, err, "crash")
 		d.chain.down, d.chain.after = nil, nil
-		for _, m := range d.members {
-			m.with("generate", nil)
-		}
+		good(t, d.c.Drain(t.Context(), "a", "burnt"))
+		before := len(d.chain.events())
 		r, err := d.create()
 		good(t, err)
-		if got := strings.Join(d.chain.events()[before:], " "); got != "pending abandoned pending live" || !slices.Equal(d.live(), []hsm.KeyID{r.ID}) {
+		if got := strings.Join(d.chain.events()[before:], " "); got != "abandoned pending live" || !slices.Equal(d.live(), []hsm.KeyID{r.ID}) {
 			t.Errorf("the log says %q", got)
+		}
+		d.same("b", r)
+		d.same("c", r)
+	})
+}
+
+func TestAnotherKindOfKeyUnderALabelThatIsBeingMadeIsRefused(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		d.at["b"].with("import", slow(time.Minute))
+		var making sync.WaitGroup
+		making.Go(func() {
+			if _, err := d.create(); err != nil {
+				t.Error(err)
+			}
+		})
+		time.Sleep(time.Second)
+		_, err := d.coordinator("sync2").CreateKey(t.Context(), hsm.KeySpec{Label: "issuing-g1", Purpose: hsm.PurposeCA, Algorithm: hsm.P384})
+		failed(t, err, "is being made", "P-256", "choose another label")
+		making.Wait()
+		_, err = d.coordinator("sync2").CreateKey(t.Context(), hsm.KeySpec{Label: "issuing-g1", Purpose: hsm.PurposeCA, Algorithm: hsm.P384})
+		failed(t, err, "live already")
+	})
+}
+
+// One of two that make a key cannot reach a member, and gives the key up.
+func TestAKeyThatAnotherCoordinatorGivesUpIsMadeAnew(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		hurried, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		d.at["c"].with("import", slow(4*time.Second))
+		var both sync.WaitGroup
+		both.Go(func() {
+			_, err := d.coordinator("sync2").CreateKey(hurried, hsm.KeySpec{Label: "issuing-g1", Purpose: hsm.PurposeCA, Algorithm: hsm.P256})
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("the one that gives up: %v", err)
+			}
+		})
+		var r hsm.KeyRecord
+		both.Go(func() {
+			time.Sleep(time.Second)
+			var err error
+			if r, err = d.create(); err != nil {
+				t.Error(err)
+			}
+		})
+		both.Wait()
+		if !slices.Equal(d.live(), []hsm.KeyID{r.ID}) {
+			t.Errorf("made %s, live are %v; the log says %q", r.ID, d.live(), d.chain.events())
 		}
 	})
 }
@@ -234,10 +312,8 @@ func TestCoordinatorsAtOnceMakeOneLiveKey(t *testing.T) {
 				r, err := c.CreateKey(t.Context(), hsm.KeySpec{Label: "issuing-g1", Purpose: hsm.PurposeCA, Algorithm: hsm.P256})
 				mu.Lock()
 				defer mu.Unlock()
-				if err == nil {
-					made[r.ID] = true
-				} else if !strings.Contains(err.Error(), "another coordinator") {
-					t.Errorf("a loser's error: %v", err)
+				if made[r.ID] = true; err != nil {
+					t.Errorf("the coordinator that came as number %d: %v", i, err)
 				}
 			})
 		}

@@ -225,7 +225,7 @@ func atEmptyDesk(t *testing.T, test func(*testing.T, *desk)) {
 	for _, name := range []string{"a", "b", "c", "d", "e"} {
 		named(t, identity.RoleHSMD, name) // files are read outside the bubble
 	}
-	for _, role := range []identity.Role{identity.RoleSync, identity.RoleAdmin, identity.RoleCAOperator, identity.RoleCeremony} {
+	for _, role := range []identity.Role{identity.RoleSync, identity.RoleAdmin, identity.RoleCAOperator, identity.RoleCeremony, identity.RoleSRE} {
 		named(t, role, string(role)+"1")
 	}
 	named(t, identity.RoleSync, "sync2")
@@ -297,6 +297,7 @@ func (a *answering) Import(ctx context.Context, b hsm.Blob) (hsm.KeyRecord, erro
 func (a *answering) Destroy(ctx context.Context, r hsm.DestroyRequest) error {
 	return a.to().Destroy(ctx, r)
 }
+func (a *answering) Bury(ctx context.Context, r hsm.DestroyRequest) error { return a.to().Bury(ctx, r) }
 func (a *answering) TransportKey(ctx context.Context) ([]byte, error) {
 	return a.to().TransportKey(ctx)
 }
@@ -313,6 +314,10 @@ func (a *answering) Rotate(ctx context.Context, kek string) error { return a.to(
 func (a *answering) DropDomain(ctx context.Context, kek string) error {
 	return a.to().DropDomain(ctx, kek)
 }
+func (a *answering) RotatePIN(ctx context.Context, req hsm.PINRequest) error {
+	return a.to().RotatePIN(ctx, req)
+}
+
 func (a *answering) ForgetTransport(ctx context.Context, transport string) error {
 	return a.to().ForgetTransport(ctx, transport)
 }
@@ -353,7 +358,10 @@ func (d *desk) must(labels ...string) (out []hsm.KeyRecord) {
 func (d *desk) grant(a hsmsync.Act, lifetime time.Duration) []byte {
 	d.t.Helper()
 	now := d.now()
-	g := identity.Grant{Request: identity.NewRequest(named(d.t, identity.RoleSync, "sync1").Principal(), a.Action, a.Object, a.Detail, now, lifetime)}
+	g, err := named(d.t, identity.RoleSRE, "sre1").Propose(a.Action, a.Object, a.Detail, now, lifetime)
+	if err != nil {
+		d.t.Fatal(err)
+	}
 	for _, role := range []identity.Role{identity.RoleAdmin, identity.RoleCAOperator} {
 		p, err := named(d.t, role, string(role)+"1").Approve(g.Request, now)
 		if err != nil {

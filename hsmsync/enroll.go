@@ -87,9 +87,15 @@ func (c *Coordinator) candidate(ctx context.Context, s *State, r EnrollRequest) 
 	if err != nil {
 		return m, err
 	}
+	if err := c.elsewhere(ctx, m); err != nil {
+		return m, err
+	}
+	if g := hsm.DomainGroup(m.info.KEK); g != "" && g != c.cfg.Group {
+		return m, troubled(KindDomain, m.Name, "token %s holds a domain key of group %s (%s): an HSM is in one group; initialise it", m.TokenSerial, g, m.info.KEK)
+	}
 	others := slices.DeleteFunc(s.Members(), func(o GroupMember) bool { return o.Name == r.Name })
 	for _, o := range others {
-		if sameToken(o.MemberEntry, m.info) || o.Transport != "" && o.Transport == m.Transport {
+		if sameToken(o.MemberEntry, m.info) || o.Transport != "" && o.Transport == m.Transport || image(o.TokenSerial, o.Transport, m.info) {
 			return m, troubled(KindShared, m.Name, "members %s and %s share token %s: that is one copy, not two", o.Name, m.Name, m.TokenSerial)
 		}
 	}
@@ -213,6 +219,7 @@ func (c *Coordinator) ready(ctx context.Context, s *State, gm GroupMember, a adm
 		return m, nil, m.err
 	}
 	sources = serving(slices.Delete(slices.Clone(all), i, i+1), s.Domain)
+	c.bury(ctx, s, m)
 	fresh := m.info.KEK == ""
 	if m, err = c.level(ctx, s, m, sources, a.grants); err != nil {
 		return m, nil, err

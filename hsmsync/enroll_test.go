@@ -15,7 +15,7 @@ import (
 func TestANewMemberServesOnceItHasProvedEveryKey(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
 		keys := d.must(labels(20)...)
-		good(t, d.c.RetireKey(t.Context(), keys[3].ID, "old"))
+		good(t, d.retire(keys[3].ID, "old"))
 		good(t, d.c.SetEpoch(t.Context(), hsm.EpochRecord{Site: "here", Epoch: 1}))
 		r := d.newcomer("d")
 		info, fingerprint, err := d.c.Inspect(t.Context(), "d", r.Address)

@@ -316,7 +316,7 @@ func TestARealVendorClonesTheKeys(t *testing.T) {
 				files[f] = b
 			}
 		}
-		good(t, v.c.RetireKey(ctx, r.key.ID, ""))
+		good(t, v.retire(r.key.ID, ""))
 		act, err := v.c.DestroyAct(ctx, r.key.ID)
 		good(t, err)
 		d, err := v.c.DestroyKey(ctx, r.key.ID, v.approve(act))
@@ -390,9 +390,18 @@ func TestARealVendorClonesTheKeys(t *testing.T) {
 		v.at["d"].Kill()
 		v.clone("d")
 		v.at["d"].Start()
-		if code := v.at["d"].Exit(); code == 0 || !strings.Contains(v.at["d"].Log(), "holds 2 transport keys") {
-			t.Errorf("d ended with code %d", code)
+		i := v.at["d"].WaitReady()
+		m, _ := v.state().Member("d")
+		if i.Transport != m.Transport || len(i.Strangers) != 1 || i.Strangers[0] != v.at["a"].WaitReady().Transport || i.Foreign != 1 {
+			t.Errorf("%+v, joined with transport key %s", i, m.Transport)
 		}
+		report, err := v.c.Reconcile(ctx)
+		if told := slices.ContainsFunc(report.Findings, func(f hsmsync.Finding) bool {
+			return f.Kind == hsmsync.KindForeign && f.Member == "d" && !f.Alarm && strings.Contains(f.Detail, "trivet-transport:a")
+		}); err != nil || !report.OK || !told {
+			t.Errorf("%s %+v %v", kinds(report), report.Findings, err)
+		}
+		v.verify(4, 1)
 	})
 }
 

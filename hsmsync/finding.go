@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"trivet/hsm"
@@ -35,8 +36,12 @@ type Report struct {
 	OK      bool           `json:"ok"`
 	Members []MemberReport `json:"members"`
 	// Keys are the live keys, each with its copies, the proofs among them; Verify fills it in.
-	Keys     []KeyReport `json:"keys,omitempty"`
-	Findings []Finding   `json:"findings"`
+	Keys []KeyReport `json:"keys,omitempty"`
+	// Retired are the retired keys, with the members that hold a copy, which is compared and not proved: they sign no more.
+	Retired []RetiredReport `json:"retired,omitempty"`
+	// Covers says in words what was looked at, and what was not; Verify fills it in.
+	Covers   []string  `json:"covers,omitempty"`
+	Findings []Finding `json:"findings"`
 	// Copied and Destroyed count what Reconcile did.
 	Copied    int `json:"copied"`
 	Destroyed int `json:"destroyed"`
@@ -69,6 +74,15 @@ type KeyReport struct {
 	Algorithm   hsm.Algorithm         `json:"algorithm"`
 	Fingerprint string                `json:"spki_sha256"`
 	Copies      map[string]CopyReport `json:"copies"` // by member
+}
+
+// RetiredReport is one retired key in a Report.
+type RetiredReport struct {
+	ID      hsm.KeyID   `json:"id"`
+	Label   string      `json:"label"`
+	Purpose hsm.Purpose `json:"purpose"`
+	// Holders are the members that answered and hold a copy as it should be.
+	Holders []string `json:"holders"`
 }
 
 // CopyReport is one member's copy of a key. Anybody who has the key's public half can check the proof: the signature is
@@ -133,6 +147,9 @@ func compare(s *State, member string, all []hsm.KeyRecord) inspection {
 	}
 	for _, got := range all {
 		switch {
+		case got.Foreign && s.Policy.Driver == DriverExternal && strings.HasPrefix(got.Label, hsm.TransportPrefix+":"):
+			add(KindForeign, got, false, "member %s holds %q: the vendor has cloned another member's transport key; it is used by nobody there", member, got.Label)
+			continue
 		case got.Foreign:
 			add(KindForeign, got, true, "member %s holds an object that is not ours, %q: find out who put it there", member, got.Label)
 			continue

@@ -14,7 +14,7 @@ import (
 // The log is read this often; sooner while no reading has succeeded yet, seldom while it is shorter than what is known,
 // since then it is read from its beginning.
 const (
-	followEvery, followAgain, followLost, followTimeout = 2 * time.Second, 500 * time.Millisecond, 10 * time.Second, 5 * time.Second
+	followEvery, followAgain, followLost, followTimeout = 500 * time.Millisecond, 500 * time.Millisecond, 10 * time.Second, 5 * time.Second
 )
 
 // mark is by what an entry is recognised.
@@ -178,6 +178,14 @@ func (g *Group) takeOver(changed map[hsm.KeyID]bool) {
 	}
 	for id := range changed {
 		g.takeKey(id)
+	}
+	if g.state.Deleted { // nobody watches, or alarms, what is no group's
+		for _, m := range g.members {
+			m.end()
+		}
+		g.members = nil
+		g.dispatch()
+		return
 	}
 	g.enrol()
 	for _, m := range g.members {

@@ -49,6 +49,8 @@ type Agent interface {
 	Import(ctx context.Context, blob hsm.Blob) (hsm.KeyRecord, error)
 	Adopt(ctx context.Context, req hsm.AdoptRequest) (hsm.KeyRecord, error)
 	Destroy(ctx context.Context, req hsm.DestroyRequest) error
+	// Bury has a member remember that a key was destroyed; the approval may have expired.
+	Bury(ctx context.Context, req hsm.DestroyRequest) error
 	TransportKey(ctx context.Context) ([]byte, error)
 	GenerateDomain(ctx context.Context, kek string) error
 	ExportDomain(ctx context.Context, req hsm.DomainRequest) (wrapped []byte, kek string, err error)
@@ -58,6 +60,8 @@ type Agent interface {
 	ForgetTransport(ctx context.Context, transport string) error
 	BackupDomain(ctx context.Context, req hsm.BackupRequest) (wrapped []byte, kek string, err error)
 	SetEpoch(ctx context.Context, record hsm.EpochRecord) error
+	// RotatePIN has a member give its token another PIN, and start anew.
+	RotatePIN(ctx context.Context, req hsm.PINRequest) error
 	Activate(ctx context.Context, pin string) error
 }
 
@@ -201,8 +205,9 @@ func (g *Group) Run(ctx context.Context) error {
 	return nil
 }
 
-// Key returns the live key called id, reading the log when the group does not know it yet. The error says what the key
-// is instead, or that this process's role may not sign with it.
+// Key returns the live key called id, reading the log when the group does not know it yet; a member then proves it before Key
+// returns, or a second passes, so that a key just made is usable at once by whoever made it. The error says what the key is
+// instead, or that this process's role may not sign with it.
 func (g *Group) Key(ctx context.Context, id string) (*Key, error) {
 	k, err := g.live(hsm.KeyID(id))
 	if err != nil {
@@ -212,11 +217,31 @@ func (g *Group) Key(ctx context.Context, id string) (*Key, error) {
 		if k, err = g.live(hsm.KeyID(id)); err != nil {
 			return nil, err
 		}
+		g.expect(ctx, k)
 	}
 	if !hsm.MaySign(g.role, k.record.Purpose) {
 		return nil, fmt.Errorf("key %s (%s) is for %s: role %q may not sign with it", id, k.record.Label, k.record.Purpose, g.role)
 	}
 	return k, nil
+}
+
+// expect waits until a member has proved a key that has just become known, or it is plain that none does so soon.
+func (g *Group) expect(ctx context.Context, k *Key) {
+	ctx, cancel := context.WithTimeout(ctx, challengeTimeout)
+	defer cancel()
+	for {
+		g.mu.Lock()
+		proved, asked := false, false
+		for _, m := range g.members {
+			proved = proved || m.proved(k.record.ID)
+			_, todo := m.todo[k.record.ID]
+			asked = asked || todo && m.stop != nil && m.serves() && !m.blocked() && m.health != healthFailed && m.proofs[k.record.ID].err == ""
+		}
+		g.mu.Unlock()
+		if proved || !asked || !sleep(ctx, 2*time.Millisecond, nil) {
+			return
+		}
+	}
 }
 
 // Ready tells how many members hold a verified copy of the key now and may be given work. The error is not nil when

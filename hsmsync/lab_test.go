@@ -10,14 +10,15 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"trivet/hsm"
 	"trivet/hsm/hsmtest"
 	"trivet/hsmsync"
-	"trivet/hsmsync/custody"
 	"trivet/identity"
 )
 
@@ -94,6 +95,13 @@ func (w *works) request(name string) hsmsync.EnrollRequest {
 	_, fingerprint, err := w.c.Inspect(w.soon(), name, w.at[name].Addr)
 	good(w.t, err)
 	return hsmsync.EnrollRequest{Name: name, Address: w.at[name].Addr, Grant: w.approve(w.c.EnrollAct(name, fingerprint))}
+}
+
+// retire retires a key as people approved.
+func (w *works) retire(id hsm.KeyID, why string) error {
+	w.t.Helper()
+	act := wanted(w.t, w.c, func(c *hsmsync.Coordinator) error { return c.RetireKey(w.soon(), id, why) })
+	return w.c.RetireKey(w.soon(), id, why, w.approve(act))
 }
 
 func (w *works) approve(a hsmsync.Act) []byte { return w.lab.Approved(a.Action, a.Object, a.Detail) }
@@ -179,7 +187,7 @@ func TestARealGroupThroughItsLife(t *testing.T) {
 	w.at["b"].Kill()
 	good(t, w.c.RotateDomain(ctx))
 	late := w.key("late", hsm.P256)
-	good(t, w.c.RetireKey(ctx, keys[0].ID, "rolled over"))
+	good(t, w.retire(keys[0].ID, "rolled over"))
 	act, err := w.c.DestroyAct(ctx, keys[0].ID)
 	good(t, err)
 	d, err := w.c.DestroyKey(ctx, keys[0].ID, w.approve(act))
@@ -309,6 +317,38 @@ func TestARealMemberDiesAtAnyPointOfMakingAKey(t *testing.T) {
 	}
 }
 
+func TestRealCoordinatorsAtOnceMakeOneKey(t *testing.T) {
+	t.Parallel()
+	w := newWorks(t, "a", "b", "c")
+	w.setup(hsmsync.Policy{}, "a", "b", "c")
+	for round, spec := range []hsm.KeySpec{
+		{Label: "ec", Purpose: hsm.PurposeCA, Algorithm: hsm.P256}, {Label: "rsa", Purpose: hsm.PurposeOCSP, Algorithm: hsm.RSA2048},
+	} {
+		var all sync.WaitGroup
+		ids := make([]hsm.KeyID, 5)
+		for i := range ids {
+			c := w.coordinator()
+			all.Go(func() {
+				k, err := c.CreateKey(w.soon(), spec)
+				if err != nil {
+					t.Errorf("coordinator %d: %v", i, err)
+				}
+				ids[i] = k.ID
+			})
+		}
+		all.Wait()
+		if slices.ContainsFunc(ids, func(id hsm.KeyID) bool { return id != ids[0] || id == "" }) {
+			t.Errorf("they were given %v", ids)
+		}
+		w.verify(3, round+1)
+	}
+	for _, k := range w.state().Keys() {
+		if k.State != hsmsync.StateLive {
+			t.Errorf("key %s (%s) is %s", k.ID, k.Label, k.State)
+		}
+	}
+}
+
 func TestARealMemberDiesAtAnyPointOfARotation(t *testing.T) {
 	t.Parallel()
 	w := newWorks(t, "a", "b", "c")
@@ -363,7 +403,7 @@ func TestRealTokensThatGoBack(t *testing.T) {
 	w.verify(3, 2)
 
 	// The old token brings a key back that was destroyed.
-	good(t, w.c.RetireKey(ctx, first.ID, ""))
+	good(t, w.retire(first.ID, ""))
 	act, err := w.c.DestroyAct(ctx, first.ID)
 	good(t, err)
 	_, err = w.c.DestroyKey(ctx, first.ID, w.approve(act))
@@ -413,69 +453,4 @@ func holdsKey(ctx context.Context, t *testing.T, w *works, name string, id hsm.K
 		}
 	}
 	return false
-}
-
-func TestARealGroupIsRestoredFromItsBackup(t *testing.T) {
-	t.Parallel()
-	w := newWorks(t, "a", "b", "c")
-	w.setup(hsmsync.Policy{}, "a", "b", "c")
-	ctx := w.soon()
-	const keys = 5
-	for i := range keys {
-		w.key(fmt.Sprint("key-", i), hsm.P256)
-	}
-	recipient, shares, err := custody.NewRecipient(3, 2)
-	good(t, err)
-	_, err = w.c.Backup(ctx, recipient, nil)
-	failed(t, err, "approval")
-	bundle, err := w.c.Backup(ctx, recipient, w.approve(w.c.BackupAct(recipient.SPKI)))
-	good(t, err)
-	if len(bundle.Blobs) != keys || bundle.Group != "ca" {
-		t.Fatalf("%d blobs of group %s", len(bundle.Blobs), bundle.Group)
-	}
-	good(t, w.c.RotateDomain(ctx)) // the backup is under the domain key of its time
-	unlock := func() func([]byte) ([]byte, error) {
-		u, err := custody.Unlock(bundle, shares[1:])
-		good(t, err)
-		t.Cleanup(u.Close)
-		return u.WrapFor
-	}
-
-	for _, fault := range []string{"a C_UnwrapKey after crash nth 6", "c C_Sign keys crash nth 4"} {
-		for name := range w.at { // every token is lost
-			w.wipe(name)
-		}
-		failed(t, w.c.Replace(ctx, w.request("a")), "restore the group from its backup")
-		for _, name := range []string{"a", "b", "c"} {
-			r := w.request(name)
-			r.Bare = true
-			good(t, w.c.Replace(ctx, r))
-		}
-		f := strings.SplitN(fault, " ", 3)
-		w.faults[f[0]].Set(f[1], f[2])
-		failures := w.insist(func() error { return w.c.Restore(w.soon(), bundle, unlock()) })
-		w.faults[f[0]].Clear(f[1])
-		t.Logf("%s: %d failures", fault, failures)
-		w.verify(3, keys)
-		for name, m := range w.at {
-			if i := m.WaitReady(); i.KEK == bundle.Domain || i.NextKEK != "" {
-				t.Errorf("%s holds domain keys %q and %q, of which the backup's is %q", name, i.KEK, i.NextKEK, bundle.Domain)
-			}
-		}
-		good(t, w.c.RotateDomain(ctx)) // and the members know each other
-		w.verify(3, keys)
-	}
-
-	t.Run("into a group that was set up anew", func(t *testing.T) {
-		w := newWorks(t, "a", "b", "c")
-		w.setup(hsmsync.Policy{}, "a", "b", "c")
-		good(t, w.c.Restore(ctx, bundle, unlock()))
-		good(t, w.c.Restore(ctx, bundle, unlock()))
-		w.verify(3, keys)
-		w.key("another", hsm.P256)
-		bad := bundle
-		bad.Group = "other"
-		failed(t, w.c.Restore(ctx, bad, unlock()), "of group other")
-		failed(t, w.c.Restore(ctx, bundle, unlock()), "not in the backup")
-	})
 }

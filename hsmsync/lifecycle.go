@@ -11,23 +11,41 @@ import (
 )
 
 // Drain takes a member out of work, by an operator's wish and until Recover, Promote or Standby. It keeps its keys, and
-// receives new ones while it answers. The last member that serves is not drained unless forced (CoordinatorConfig.Force),
-// and another one must prove every live key now.
-func (c *Coordinator) Drain(ctx context.Context, name, why string) error {
-	if err := c.spare(ctx, "draining", name); err != nil {
-		return err
-	}
+// receives new ones while it answers. The last member that serves is not drained, and another one must prove every live key
+// now, unless that is forced (CoordinatorConfig.Force), which takes the approval of people.
+func (c *Coordinator) Drain(ctx context.Context, name, why string, grant ...[]byte) error {
+	spared := c.spare(ctx, name)
 	return c.assign(ctx, "draining", name, func(s *State, m GroupMember) (*Entry, error) {
+		refused := spared
 		switch {
 		case m.State == MemberDrained:
 			return nil, nil
 		case m.State == MemberJoining:
 			return nil, errors.New("it has not joined yet, so it gets no work anyway: finish enrolling it, or remove it")
-		case !c.cfg.Force && len(s.in(MemberActive, MemberStandby)) == 1 && len(s.In(StateLive)) > 0:
-			return nil, errors.New("it is the last member that serves; nothing could be signed")
+		case len(s.in(MemberActive, MemberStandby)) == 1 && len(s.In(StateLive)) > 0:
+			refused = errors.New("it is the last member that serves; nothing could be signed")
 		}
-		return entry(eventDrain, name, Note{Why: why})
+		evidence, err := c.forced(refused, ActDrain, m, grant)
+		if err != nil {
+			return nil, err
+		}
+		return entry(eventDrain, name, Note{Why: why, Approved: evidence})
 	})
+}
+
+// forced is the evidence for doing what is refused, or the refusal.
+func (c *Coordinator) forced(refused error, action string, m GroupMember, grant [][]byte) (Approved, error) {
+	switch {
+	case refused == nil:
+		return Approved{}, nil
+	case !c.cfg.Force:
+		return Approved{}, refused
+	}
+	evidence, err := c.approvedBy(grant, c.forceAct(action, m))
+	if err != nil {
+		return evidence, fmt.Errorf("it is refused because %w; to force it: %w", refused, err)
+	}
+	return evidence, nil
 }
 
 // Standby makes a member one that serves only when no active member can. One that was drained proves every live key
@@ -71,9 +89,9 @@ func (c *Coordinator) Recover(ctx context.Context, name, why string) error {
 }
 
 // Remove takes a member out of the group for good. Its token keeps its keys: initialise it before it goes anywhere. What is
-// left must be members enough for the copies that the policy wants, one of which proves every live key now, unless forced
-// (CoordinatorConfig.Force); one that never joined may always go.
-func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
+// left must be members enough for the copies that the policy wants, one of which proves every live key now, unless that is forced
+// (CoordinatorConfig.Force), which takes the approval of people; one that never joined may always go.
+func (c *Coordinator) Remove(ctx context.Context, name, why string, grant ...[]byte) error {
 	s, err := c.State(ctx)
 	if err != nil {
 		return err
@@ -81,10 +99,7 @@ func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 	if old := s.members[name]; old != nil && old.State == MemberRemoved {
 		return nil
 	}
-	if err := c.spare(ctx, "removing", name); err != nil {
-		return err
-	}
-	if err := c.depart(ctx, name, why); err != nil {
+	if err := c.depart(ctx, name, why, c.spare(ctx, name), grant); err != nil {
 		return err
 	}
 	if s, err = c.State(ctx); err != nil {
@@ -97,17 +112,23 @@ func (c *Coordinator) Remove(ctx context.Context, name, why string) error {
 }
 
 // depart enters that a member is removed.
-func (c *Coordinator) depart(ctx context.Context, name, why string) error {
+func (c *Coordinator) depart(ctx context.Context, name, why string, spared error, grant [][]byte) error {
 	return c.assign(ctx, "removing", name, func(s *State, m GroupMember) (*Entry, error) {
 		left := slices.DeleteFunc(s.in(MemberActive, MemberStandby), func(o GroupMember) bool { return o.Name == name })
+		refused := spared
 		switch {
-		case m.State == MemberJoining || c.cfg.Force:
+		case m.State == MemberJoining:
+			refused = nil
 		case len(left) < s.Policy.MinCopies && len(s.In(StateLive, StatePending)) > 0:
-			return nil, fmt.Errorf("it would leave %d, and the policy wants %d copies of every key: enroll another member first, or replace this one", len(left), s.Policy.MinCopies)
+			refused = fmt.Errorf("it would leave %d, and the policy wants %d copies of every key: enroll another member first, or replace this one", len(left), s.Policy.MinCopies)
 		case s.Policy.Creation == CreationMaster && s.Policy.Master == name:
-			return nil, errors.New("it is the master, without which no keys are made: change the policy first")
+			refused = errors.New("it is the master, without which no keys are made: change the policy first")
 		}
-		return entry(eventRemove, name, Note{Why: why})
+		evidence, err := c.forced(refused, ActRemove, m, grant)
+		if err != nil {
+			return nil, err
+		}
+		return entry(eventRemove, name, Note{Why: why, Approved: evidence})
 	})
 }
 
@@ -141,15 +162,15 @@ func (c *Coordinator) forget(ctx context.Context, s *State, m standing) {
 
 // spare refuses to do without a member whose copies may be the last. The log does not know which members are well, so the
 // others are asked: one of them must prove every live key.
-func (c *Coordinator) spare(ctx context.Context, verb, name string) error {
+func (c *Coordinator) spare(ctx context.Context, name string) error {
 	s, err := c.State(ctx)
 	if err != nil {
-		return err
+		return nil // assign says so
 	}
 	m, there := s.Member(name)
 	live := s.In(StateLive)
 	others := slices.DeleteFunc(s.in(MemberActive, MemberStandby), func(o GroupMember) bool { return o.Name == name })
-	if c.cfg.Force || !there || m.State == MemberJoining || s.Deleted || len(live) == 0 || len(others) == 0 {
+	if !there || m.State == MemberJoining || s.Deleted || len(live) == 0 || len(others) == 0 {
 		return nil // assign says what there is to say
 	}
 	all := c.survey(ctx, others)
@@ -165,7 +186,7 @@ func (c *Coordinator) spare(ctx context.Context, verb, name string) error {
 		}
 		why = append(why, err)
 	}
-	return fmt.Errorf("%s member %s of group %s: no other member proves every live key now, so that nothing could be signed; bring one back first: %w", verb, name, c.cfg.Group, errors.Join(why...))
+	return fmt.Errorf("no other member proves every live key now, so that nothing could be signed; bring one back first: %w", errors.Join(why...))
 }
 
 // assign decides an entry about a member and reads it back.
@@ -222,8 +243,10 @@ func (c *Coordinator) readmit(ctx context.Context, verb, name string, to MemberS
 	return nil
 }
 
-// SetPolicy changes how the group behaves. Zero fields mean their defaults. Keys that are there stay what they are.
-func (c *Coordinator) SetPolicy(ctx context.Context, p Policy) error {
+// SetPolicy changes how the group behaves. Zero fields mean their defaults. Keys that are there stay what they are, so a policy
+// that would say of them what is not so is refused; one that protects keys less takes the approval of people once there are
+// keys.
+func (c *Coordinator) SetPolicy(ctx context.Context, p Policy, grant ...[]byte) error {
 	p = p.defaults()
 	_, err := c.decide(ctx, func(s *State) (*Entry, error) {
 		switch err := p.Check(); {
@@ -248,8 +271,22 @@ func (c *Coordinator) SetPolicy(ctx context.Context, p Policy) error {
 			if p.Driver == DriverWrap && (k.NonExtractable || !k.Algorithm.Cloneable()) {
 				return nil, fmt.Errorf("driver wrap: key %s (%s, %s) cannot be cloned with a domain key: retire it first", k.ID, k.Label, k.Algorithm)
 			}
+			if p.NonExtractable && !k.NonExtractable {
+				return nil, fmt.Errorf("non_extractable: key %s (%s) can leave its token, wrapped, and stays so: make the keys that must never leave in another group", k.ID, k.Label)
+			}
 		}
-		return entry(eventPolicy, subjectGroup, p)
+		if all := s.In(StateLive, StatePending, StateRetired); s.Policy.Driver == DriverWrap && p.Driver == DriverExternal && len(all) > 0 {
+			return nil, fmt.Errorf("driver external: %d keys, such as %s (%s), were cloned with the domain key, and nothing proves that a vendor clones them: from then on nobody would bring them to "+
+				"a member that lacks them. Make the vendor's keys in another group", len(all), all[0].ID, all[0].Label)
+		}
+		var evidence Approved
+		if len(s.order) > 0 && weaker(s.Policy, p) {
+			var err error
+			if evidence, err = c.approvedBy(grant, c.policyAct(s.Policy, p, s.PolicyN)); err != nil {
+				return nil, err
+			}
+		}
+		return entry(eventPolicy, subjectGroup, policyEntry{p, evidence})
 	})
 	if err != nil {
 		return fmt.Errorf("changing the policy of group %s: %w", c.cfg.Group, err)
@@ -276,27 +313,6 @@ func (p Policy) defaults() Policy {
 		p.DestroyAfter = d.DestroyAfter
 	}
 	return p
-}
-
-// DeleteGroup ends a group that has no live key: nothing is added to it any more, and nothing signs. What its tokens hold
-// stays there.
-func (c *Coordinator) DeleteGroup(ctx context.Context, why string) error {
-	_, err := c.decide(ctx, func(s *State) (*Entry, error) {
-		if s.Deleted {
-			return nil, nil
-		}
-		if keys := s.In(StateLive, StatePending); len(keys) > 0 {
-			return nil, fmt.Errorf("%d keys are live or being made, such as %s (%s): retire them first", len(keys), keys[0].ID, keys[0].Label)
-		}
-		return entry(eventDeleted, subjectGroup, Note{Why: why})
-	})
-	if err == nil {
-		err = c.confirm(ctx, "the group is deleted", func(s *State) bool { return s.Deleted })
-	}
-	if err != nil {
-		return fmt.Errorf("deleting group %s: %w", c.cfg.Group, err)
-	}
-	return nil
 }
 
 // age is how long ago something was entered.

@@ -1,6 +1,7 @@
 package hsmsync_test
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -80,11 +81,21 @@ func TestTheLastMembersStay(t *testing.T) {
 		failed(t, d.c.Standby(ctx, "a", ""), "last active member")
 		d.force = true
 		forced := d.coordinator("sync1")
-		good(t, forced.Remove(ctx, "b", "burnt"))
-		good(t, forced.Drain(ctx, "a", ""))
+		failed(t, forced.Remove(ctx, "b", "burnt"), "it would leave 1", "to force it", "approval of 2 people")
+		failed(t, forced.Drain(ctx, "a", ""), "last member that serves", "to force it")
+		remove := d.grant(wanted(t, forced, func(c *hsmsync.Coordinator) error { return c.Remove(ctx, "b", "burnt") }), time.Hour)
+		drain := d.grant(wanted(t, forced, func(c *hsmsync.Coordinator) error { return c.Drain(ctx, "a", "") }), time.Hour)
+		failed(t, forced.Remove(ctx, "b", "burnt", drain), "what was approved is hsm-drain")
+		failed(t, d.c.Remove(ctx, "b", "burnt", remove), "it would leave 1") // an approval forces nothing by itself
+		good(t, forced.Remove(ctx, "b", "burnt", remove))
+		good(t, forced.Drain(ctx, "a", "", drain))
+		if m, _ := d.state().Departed("b"); m.State != hsmsync.MemberRemoved {
+			t.Errorf("%+v", m)
+		}
 		d.expect("a drained")
 		good(t, forced.Recover(ctx, "a", ""))
 		d.expect("a active")
+		failed(t, forced.Drain(ctx, "a", "", drain), "what was approved says since") // not a second time
 	})
 }
 
@@ -103,7 +114,9 @@ func TestTheLastCopyStaysWhateverTheLogSays(t *testing.T) {
 		d.at["b"].with("challenge", failing(hsm.ClassDevice))
 		failed(t, d.c.Remove(ctx, "c", ""), "nothing could be signed")
 		d.force = true
-		good(t, d.coordinator("sync1").Remove(ctx, "c", ""))
+		forced := d.coordinator("sync1")
+		act := wanted(t, forced, func(c *hsmsync.Coordinator) error { return c.Remove(ctx, "c", "") })
+		good(t, forced.Remove(ctx, "c", "", d.grant(act, time.Hour)))
 		d.expect("a active, b active")
 	})
 }
@@ -136,15 +149,100 @@ func TestTheMasterIsNotRemoved(t *testing.T) {
 	})
 }
 
+func TestAPolicyThatProtectsLessNeedsPeople(t *testing.T) {
+	strong := hsmsync.Policy{MinCopies: 3, DestroyAfter: 48 * time.Hour, Creation: hsmsync.CreationMaster, Master: "a"}
+	for name, weaken := range map[string]func(*hsmsync.Policy){
+		"fewer copies":       func(p *hsmsync.Policy) { p.MinCopies = 2 },
+		"destroyed sooner":   func(p *hsmsync.Policy) { p.DestroyAfter = time.Hour },
+		"anybody makes keys": func(p *hsmsync.Policy) { p.Creation = hsmsync.CreationAny },
+	} {
+		t.Run(name, func(t *testing.T) {
+			atDesk(t, func(t *testing.T, d *desk) {
+				ctx := t.Context()
+				d.must("x")
+				good(t, d.c.SetPolicy(ctx, strong)) // one person may do that
+				weak := strong
+				weaken(&weak)
+				failed(t, d.c.SetPolicy(ctx, weak), "hsm-policy of ca", "approval of 2 people")
+				act := wanted(t, d.c, func(c *hsmsync.Coordinator) error { return c.SetPolicy(ctx, weak) })
+				grant := d.grant(act, time.Hour)
+				other := weak
+				other.DestroyAfter = time.Minute
+				failed(t, d.c.SetPolicy(ctx, other, grant), "what was approved")
+				good(t, d.c.SetPolicy(ctx, weak, grant))
+				good(t, d.c.SetPolicy(ctx, weak))
+				good(t, d.c.SetPolicy(ctx, strong))
+				failed(t, d.c.SetPolicy(ctx, weak, grant), "what was approved says since") // not a second time
+				if p := d.state().Policy; p.MinCopies != 3 || p.DestroyAfter != 48*time.Hour {
+					t.Errorf("%+v", p)
+				}
+			})
+		})
+	}
+}
+
+func TestAPolicyDoesNotSayOfKeysWhatIsNotSo(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		k := d.must("x")[0]
+		failed(t, d.c.SetPolicy(ctx, hsmsync.Policy{Driver: hsmsync.DriverExternal}), "were cloned with the domain key", "another group")
+		failed(t, d.c.SetPolicy(ctx, hsmsync.Policy{Driver: hsmsync.DriverExternal, NonExtractable: true}), "can leave its token")
+		good(t, d.retire(k.ID, ""))
+		failed(t, d.c.SetPolicy(ctx, hsmsync.Policy{Driver: hsmsync.DriverExternal}), "were cloned with the domain key") // also of retired ones
+	})
+	atEmptyDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		good(t, d.setup(hsmsync.Policy{Driver: hsmsync.DriverExternal, NonExtractable: true}))
+		good(t, d.c.SetPolicy(ctx, hsmsync.Policy{Driver: hsmsync.DriverExternal}))
+		if p := d.state().Policy; p.NonExtractable {
+			t.Errorf("what was taken back is in force still: %+v", p)
+		}
+	})
+}
+
+func TestRetiringAKeyNeedsPeople(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		keys := d.must("x", "y")
+		failed(t, d.c.RetireKey(ctx, keys[0].ID, "old"), "key-retire of ca/"+string(keys[0].ID), "approval of 2 people")
+		act := wanted(t, d.c, func(c *hsmsync.Coordinator) error { return c.RetireKey(ctx, keys[0].ID, "old") })
+		grant := d.grant(act, time.Hour)
+		failed(t, d.c.RetireKey(ctx, keys[1].ID, "old", grant), "what was approved is key-retire of ca/"+string(keys[0].ID))
+		good(t, d.c.RetireKey(ctx, keys[0].ID, "old", grant))
+		if k, _ := d.state().Key(keys[0].ID); k.State != hsmsync.StateRetired || len(k.Note.By) != 2 {
+			t.Errorf("%+v", k)
+		}
+	})
+}
+
 func TestAGroupWithoutLiveKeysIsDeleted(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
 		ctx := t.Context()
 		k := d.must("x")[0]
-		failed(t, d.c.DeleteGroup(ctx, "moved"), "retire them first")
-		good(t, d.c.RetireKey(ctx, k.ID, ""))
-		good(t, d.c.DeleteGroup(ctx, "moved"))
-		good(t, d.c.DeleteGroup(ctx, "moved"))
-		_, err := d.make("y")
+		act := func(why string) []byte {
+			a, err := d.c.DeleteAct(ctx, why)
+			good(t, err)
+			return d.grant(a, time.Hour)
+		}
+		failed(t, d.c.DeleteGroup(ctx, "moved", act("moved")), "retire them first", string(k.ID))
+		early := act("moved")
+		good(t, d.retire(k.ID, ""))
+		failed(t, d.c.DeleteGroup(ctx, "moved", nil), "2 people")
+		failed(t, d.c.DeleteGroup(ctx, "moved", act("another reason")), "why")
+		failed(t, d.c.DeleteGroup(ctx, "moved", early), "keys left in tokens") // nobody knew of it when that was approved
+		part, err := d.c.DeleteAct(ctx, "moved")
+		good(t, err)
+		delete(part.Detail, "members")
+		failed(t, d.c.DeleteGroup(ctx, "moved", d.grant(part, time.Hour)), "does not say everything")
+		good(t, d.c.DeleteGroup(ctx, "moved", act("moved")))
+		good(t, d.c.DeleteGroup(ctx, "moved", nil)) // done already
+		if s := d.state(); !s.Deleted || s.Ended.Why != "moved" || len(s.Ended.By) != 2 {
+			t.Errorf("%+v", s.Ended)
+		}
+		if keys := len(d.at["a"].all()); keys != 1 {
+			t.Errorf("a holds %d keys: deleting a group destroys nothing", keys)
+		}
+		_, err = d.make("y")
 		failed(t, err, "deleted")
 		for _, err := range []error{d.setup(hsmsync.Policy{}), d.c.Enroll(ctx, d.newcomer("d")), d.c.Drain(ctx, "a", ""), d.c.SetPolicy(ctx, hsmsync.Policy{MinCopies: 3})} {
 			failed(t, err, "deleted")
@@ -161,7 +259,7 @@ func TestAnEntryThatIsLostAgainIsNotAcknowledged(t *testing.T) {
 		"standby": func(d *desk) error { return d.c.Standby(d.t.Context(), "c", "") },
 		"remove":  func(d *desk) error { return d.c.Remove(d.t.Context(), "c", "") },
 		"recover": func(d *desk) error { return d.c.Recover(d.t.Context(), "c", "") },
-		"retired": func(d *desk) error { return d.c.RetireKey(d.t.Context(), d.live()[0], "") },
+		"retired": func(d *desk) error { return d.retire(d.live()[0], "") },
 		"active": func(d *desk) error {
 			if d.at["d"] == nil {
 				d.newcomer("d")
@@ -211,8 +309,8 @@ func TestARetiredKeyIsDestroyedAfterItsTimeByTwoPeople(t *testing.T) {
 		good(t, err)
 		_, err = d.c.DestroyKey(ctx, keys[0].ID, d.grant(act, time.Hour))
 		failed(t, err, "it is live: retire it first")
-		good(t, d.c.RetireKey(ctx, keys[0].ID, "rolled over"))
-		good(t, d.c.RetireKey(ctx, keys[0].ID, "rolled over"))
+		good(t, d.retire(keys[0].ID, "rolled over"))
+		good(t, d.retire(keys[0].ID, "rolled over"))
 		_, err = d.c.DestroyKey(ctx, keys[0].ID, d.grant(act, time.Hour))
 		failed(t, err, "24h0m0s must pass", "wait until")
 		time.Sleep(25 * time.Hour)
@@ -256,7 +354,7 @@ func TestADestroyedKeyBroughtBackByARestoredMemberWantsANewApproval(t *testing.T
 		ctx := t.Context()
 		keys := d.must("x", "y")
 		old := d.at["b"].keys[keys[0].ID]
-		good(t, d.c.RetireKey(ctx, keys[0].ID, ""))
+		good(t, d.retire(keys[0].ID, ""))
 		time.Sleep(25 * time.Hour)
 		act, err := d.c.DestroyAct(ctx, keys[0].ID)
 		good(t, err)
@@ -308,7 +406,7 @@ func TestARetirementThatIsLostAgainDestroysNothing(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
 		ctx := t.Context()
 		k := d.must("x")[0]
-		good(t, d.c.RetireKey(ctx, k.ID, ""))
+		good(t, d.retire(k.ID, ""))
 		time.Sleep(25 * time.Hour)
 		act, err := d.c.DestroyAct(ctx, k.ID)
 		good(t, err)
@@ -325,4 +423,54 @@ func TestARetirementThatIsLostAgainDestroysNothing(t *testing.T) {
 			d.same(m.name, k)
 		}
 	})
+}
+
+func TestAgentsAreToldWhichKeysWereDestroyed(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		k := d.must("x", "y")[0]
+		good(t, d.retire(k.ID, ""))
+		time.Sleep(25 * time.Hour)
+		act, err := d.c.DestroyAct(ctx, k.ID)
+		good(t, err)
+		_, err = d.c.DestroyKey(ctx, k.ID, d.grant(act, time.Hour))
+		good(t, err)
+		time.Sleep(48 * time.Hour) // the approval has expired
+		good(t, d.c.Enroll(ctx, d.newcomer("d")))
+		if b := d.at["d"].buried; len(b) != 1 || b[0] != k.ID {
+			t.Errorf("a new agent was told of %v", b)
+		}
+		for range 3 {
+			d.reconcile()
+		}
+		if n := d.at["a"].count("bury"); n != 1 {
+			t.Errorf("told %d times", n)
+		}
+		d.at["a"].restart()
+		d.reconcile()
+		if n := d.at["a"].count("bury"); n != 2 {
+			t.Errorf("after a restart told %d times", n)
+		}
+	})
+}
+
+// wanted is what people would have to approve for an act: the one thing that its dry run says.
+func wanted(t testing.TB, c *hsmsync.Coordinator, act func(*hsmsync.Coordinator) error) hsmsync.Act {
+	t.Helper()
+	plan, err := c.DryRun(context.Background(), act)
+	if err != nil || len(plan.Wants) != 1 {
+		t.Fatalf("a dry run wants %+v approved: %v", plan.Wants, err)
+	}
+	return plan.Wants[0]
+}
+
+// retire retires a key as people approved.
+func (d *desk) retire(id hsm.KeyID, why string) error {
+	d.t.Helper()
+	k, _ := d.state().Key(id)
+	if k.State != hsmsync.StateLive {
+		return d.c.RetireKey(d.t.Context(), id, why)
+	}
+	act := wanted(d.t, d.c, func(c *hsmsync.Coordinator) error { return c.RetireKey(d.t.Context(), id, why) })
+	return d.c.RetireKey(d.t.Context(), id, why, d.grant(act, time.Hour))
 }

@@ -45,6 +45,7 @@ const (
 	eventStandby = "standby" // Note: as active, and it serves only when no active one can
 	eventDrain   = "drain"   // Note: it gets no work, by an operator's wish
 	eventRecover = "recover" // Note: quarantines and given-up recoveries of before this entry are forgotten
+	eventPIN     = "pin"     // pinEntry: its token is to have a new PIN; when it has, the member itself tells
 	eventRemove  = "remove"  // Note: it is no member any more; the name may join again with another token
 )
 
@@ -56,7 +57,8 @@ const (
 
 // Events about the group; the subject is subjectGroup.
 const (
-	eventPolicy  = "policy"  // Policy
+	eventCreated = "created" // Note: people have approved that there be such a group; one that a ceremony sets up has none
+	eventPolicy  = "policy"  // policyEntry
 	eventDeleted = "deleted" // Note: nothing may be added any more, nothing signs
 
 	subjectGroup = "group"
@@ -67,7 +69,7 @@ type KeyState string
 
 // The states. An event that this version does not know makes its key unusable as well.
 const (
-	StatePending   KeyState = "pending"   // hsm.KeyRecord: being made (without SPKI), imported or restored (with it)
+	StatePending   KeyState = "pending"   // pendingEntry: being made (without SPKI), imported or restored (with it)
 	StateLive      KeyState = "live"      // hsm.KeyRecord
 	StateAbandoned KeyState = "abandoned" // Note: it never became live; nothing is destroyed
 	StateRetired   KeyState = "retired"   // Note: it was live and signs no more
@@ -103,6 +105,19 @@ type DomainEntry struct {
 	Origin string `json:"origin"`
 }
 
+// policyEntry is the payload of eventPolicy: all of the policy, with the evidence where it is weaker than the one before.
+type policyEntry struct {
+	Policy
+	Approved
+}
+
+// pendingEntry is the payload of StatePending. Whoever takes the key up has it made by the same member: two that made it under
+// one id would be two keys.
+type pendingEntry struct {
+	hsm.KeyRecord
+	Origin string `json:"origin,omitempty"`
+}
+
 // Note is the payload of an event that needs none of its own.
 type Note struct {
 	Why string `json:"why,omitempty"`
@@ -113,6 +128,7 @@ type Note struct {
 type Approved struct {
 	Request   []byte   `json:"request,omitempty"`   // identity.Request, JSON
 	Approvals []byte   `json:"approvals,omitempty"` // []identity.Approval, JSON
+	Proposal  []byte   `json:"proposal,omitempty"`  // identity.Approval of the proposer, JSON
 	By        []string `json:"by,omitempty"`        // principal URIs
 }
 
@@ -149,6 +165,8 @@ const (
 type ManifestKey struct {
 	hsm.KeyRecord
 	State KeyState
+	// Origin is the member that makes a pending key; empty where it does not matter.
+	Origin string
 	// N is the position of the log entry that made it so, Since when that was written.
 	N     uint64
 	Since time.Time
@@ -165,6 +183,9 @@ type GroupMember struct {
 	// eventRecover or eventMember.
 	N, Joined, Recovered uint64
 	Since                time.Time
+	// PIN is the digest of the newest approved request to rotate its token's PIN, PINSince when that was entered.
+	PIN      string
+	PINSince time.Time
 }
 
 // Domain is a domain key as the log has it.

@@ -57,6 +57,7 @@ func (c *Coordinator) Reconcile(ctx context.Context) (Report, error) {
 			continue
 		}
 		c.forget(ctx, s, *m)
+		c.bury(ctx, s, *m)
 		if m.State != MemberJoining {
 			r.Findings = append(r.Findings, c.align(ctx, s, m, all)...)
 			seen, inspected := c.inspectKeys(ctx, s, m, all, want, &r)
@@ -67,6 +68,7 @@ func (c *Coordinator) Reconcile(ctx context.Context) (Report, error) {
 			r.Members = append(r.Members, reportOf(*m))
 		}
 		r.Findings = append(r.Findings, drift(*m, theirs)...)
+		r.Findings = append(r.Findings, c.pinFindings(*m)...)
 	}
 	if err := ctx.Err(); err != nil {
 		return r, fmt.Errorf("reconciling group %s: %w", c.cfg.Group, err)
@@ -118,7 +120,7 @@ func (c *Coordinator) inspectKeys(ctx context.Context, s *State, m *standing, al
 		return nil, false
 	}
 	since := last.listed // a key that is missing now was there then
-	findings := append(i.findings, c.bury(ctx, *m, i.doomed, r)...)
+	findings := append(i.findings, c.finish(ctx, *m, i.doomed, r)...)
 	findings = append(findings, c.repair(ctx, s, *m, all, &i, since, r)...)
 	r.Findings = append(r.Findings, findings...)
 	now := checked{incarnation: m.info.Incarnation, position: s.Next - 1, listed: c.cfg.Now(), holds: i.holds}
@@ -147,9 +149,9 @@ func every(s *State) map[hsm.KeyID]bool {
 	return out
 }
 
-// bury has a member destroy keys that were destroyed while it was away, or that came back with an old token. The approval
+// finish has a member destroy keys that were destroyed while it was away, or that came back with an old token. The approval
 // is in the log; once it has expired people must give a new one.
-func (c *Coordinator) bury(ctx context.Context, m standing, doomed []ManifestKey, r *Report) (out []Finding) {
+func (c *Coordinator) finish(ctx context.Context, m standing, doomed []ManifestKey, r *Report) (out []Finding) {
 	for _, k := range doomed {
 		f := Finding{Kind: KindDestroyed, Member: m.Name, Key: k.ID, Label: k.Label, Alarm: true}
 		grant := k.Note.Approved.grant(c.cfg.Now())

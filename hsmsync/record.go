@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"strings"
 
 	"trivet/db"
 )
@@ -25,6 +26,28 @@ func (r *Record) Log(ctx context.Context, group string, from uint64) ([]Entry, e
 // Newest returns the last entry of a group's log, from a causal read; none while there is none.
 func (r *Record) Newest(ctx context.Context, group string) ([]Entry, error) {
 	return entries(r.store.GroupLogEnd(ctx, group))
+}
+
+// Known is a group that the record has a log of.
+type Known struct {
+	Name string `json:"name"`
+	// Deleted groups are over; their names are not used again.
+	Deleted bool `json:"deleted"`
+}
+
+// Groups implements Lister: every group that was ever begun, by name, from a causal read.
+func (r *Record) Groups(ctx context.Context) ([]Known, error) {
+	ends, err := r.store.GroupLogEnds(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("reading which HSM groups there are: %w", err)
+	}
+	var all []Known
+	for _, e := range ends {
+		if !strings.Contains(e.Group, "/") { // else it is a group's lease
+			all = append(all, Known{Name: e.Group, Deleted: e.Event == eventDeleted}) // after which there is no entry
+		}
+	}
+	return all, nil
 }
 
 func entries(events []db.GroupEvent, err error) ([]Entry, error) {

@@ -60,6 +60,18 @@ func TestTheRecordIsAChain(t *testing.T) {
 	if err := r.Append(ctx, "X", entry(1, "other group")); err != nil {
 		t.Fatalf("the same position of another group: %v", err)
 	}
+	lease := entry(1, "x/lease")
+	if err := r.Append(ctx, "x/lease", lease); err != nil {
+		t.Fatal(err)
+	}
+	over := entry(1, "over")
+	over.Event = "deleted"
+	if err := r.Append(ctx, "over", over); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := r.Groups(ctx); err != nil || !reflect.DeepEqual(all, []hsmsync.Known{{Name: "X"}, {Name: "over", Deleted: true}, {Name: "x"}}) {
+		t.Errorf("groups: %+v %v", all, err)
+	}
 	if err := r.Append(ctx, "x", entry(0, "x")); err == nil {
 		t.Fatal("position 0 was accepted")
 	}

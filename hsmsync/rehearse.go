@@ -20,12 +20,14 @@ import (
 // Plan is what an act would do.
 type Plan struct {
 	Steps []Step `json:"steps"`
+	// Wants are the acts that people must approve first.
+	Wants []Act `json:"wants,omitempty"`
 }
 
 // Step is one thing that an act would do.
 type Step struct {
 	// Do is approve (by people), enter (into the log), or what a member would be asked: generate, import, adopt, destroy,
-	// generate-domain, import-domain, rotate, drop-domain, set-epoch, backup, prove.
+	// generate-domain, import-domain, rotate, drop-domain, set-epoch, backup, rotate-pin, prove.
 	Do     string `json:"do"`
 	Member string `json:"member,omitempty"`
 	// What is the entry, key or domain key; Count how many of them, when there are several alike.
@@ -71,7 +73,7 @@ func (c *Coordinator) DryRun(ctx context.Context, act func(*Coordinator) error) 
 	err = act(d)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return Plan{Steps: r.steps}, err
+	return Plan{Steps: r.steps, Wants: r.asked}, err
 }
 
 // rehearsal is a group as an act would have made it.
@@ -83,6 +85,7 @@ type rehearsal struct {
 	entries []Entry
 	state   *State // of entries
 	steps   []Step
+	asked   []Act
 	members map[string]*understudy
 }
 
@@ -132,6 +135,10 @@ func (r *rehearsal) wants(a Act) {
 	for _, k := range slices.Sorted(maps.Keys(a.Detail)) {
 		what += ", " + k + " " + a.Detail[k]
 	}
+	if slices.ContainsFunc(r.asked, func(b Act) bool { return b.Action == a.Action && b.Object == a.Object }) {
+		return
+	}
+	r.asked = append(r.asked, a)
 	r.step("approve", "", what)
 }
 
@@ -291,6 +298,9 @@ func (u *understudy) Destroy(_ context.Context, req hsm.DestroyRequest) error {
 	return nil
 }
 
+// Bury implements Agent.
+func (u *understudy) Bury(context.Context, hsm.DestroyRequest) error { return nil }
+
 // GenerateDomain implements Agent.
 func (u *understudy) GenerateDomain(_ context.Context, kek string) error {
 	u.note("generate-domain", kek, func(i *hsm.Info) { take(i, kek) })
@@ -355,6 +365,12 @@ func (u *understudy) BackupDomain(ctx context.Context, _ hsm.BackupRequest) ([]b
 // SetEpoch implements Agent.
 func (u *understudy) SetEpoch(_ context.Context, r hsm.EpochRecord) error {
 	u.note("set-epoch", fmt.Sprintf("%d (%s)", r.Epoch, r.Site), func(i *hsm.Info) { i.Site, i.Epoch = r.Site, r.Epoch })
+	return nil
+}
+
+// RotatePIN implements Agent. Whether the agent could is not found out.
+func (u *understudy) RotatePIN(_ context.Context, req hsm.PINRequest) error {
+	u.note("rotate-pin", req.Detail()["pin"]+" PIN, start anew, prove every key", nil)
 	return nil
 }
 

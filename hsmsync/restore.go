@@ -15,7 +15,8 @@ import (
 // one whose tokens were all lost and replaced (EnrollRequest.Bare). Keys keep their ids. The backup's domain key was
 // outside of tokens, so it never becomes the group's: one member alone holds it, for as long as it takes to bring the
 // keys in, and takes the group's domain key after that from another. Unwrap wraps the backup's for that member's
-// transport key (DER SPKI). All members are active or standby afterwards. It may be repeated.
+// transport key (DER SPKI). All members are active or standby afterwards, and keys live, but for those that were retired when
+// the backup was made, or are so in the log: their copies are restored, and they sign no more. It may be repeated.
 func (c *Coordinator) Restore(ctx context.Context, b custody.Bundle, unwrap func(transportSPKI []byte) ([]byte, error)) error {
 	if err := c.restore(ctx, b, unwrap); err != nil {
 		return fmt.Errorf("restoring group %s: %w", c.cfg.Group, err)
@@ -57,7 +58,7 @@ func (c *Coordinator) restore(ctx context.Context, b custody.Bundle, unwrap func
 		if err := c.copyAll(ctx, c.lacks(ctx, m, keys), s.Domain.Name, all[i:i+1], m); err != nil {
 			return err
 		}
-		if _, err := c.proveAll(ctx, keys, m); err != nil {
+		if _, err := c.proveAll(ctx, slices.DeleteFunc(slices.Clone(keys), func(k ManifestKey) bool { return k.State == StateRetired }), m); err != nil {
 			return err
 		}
 	}
@@ -80,8 +81,11 @@ func (c *Coordinator) restore(ctx context.Context, b custody.Bundle, unwrap func
 		}
 	}
 	c.log.Warn("group restored", "keys", len(keys), "domain", s.Domain.Name)
-	return c.confirm(ctx, "every key is live", func(s *State) bool {
-		return !slices.ContainsFunc(keys, func(k ManifestKey) bool { now, _ := s.Key(k.ID); return now.State != StateLive })
+	return c.confirm(ctx, "every key is live, or retired as it was", func(s *State) bool {
+		return !slices.ContainsFunc(keys, func(k ManifestKey) bool {
+			now, _ := s.Key(k.ID)
+			return now.State != StateLive && (now.State != StateRetired || k.State != StateRetired)
+		})
 	})
 }
 
@@ -100,9 +104,12 @@ func (c *Coordinator) fits(s *State, b custody.Bundle) error {
 	}
 	for _, k := range s.In(StateLive, StatePending) {
 		i := slices.IndexFunc(b.Keys, func(r hsm.KeyRecord) bool { return r.ID == k.ID })
+		held, why := b.Holds(k.ID)
 		switch {
 		case i < 0 && k.State == StateLive:
 			return fmt.Errorf("key %s (%s) is live and not in the backup: retire it if it is lost, or find a newer backup", k.ID, k.Label)
+		case !held && k.State == StateLive:
+			return fmt.Errorf("key %s (%s) is live, and the backup names it without holding it: %s: retire it if it is lost, or find another backup", k.ID, k.Label, why)
 		case i >= 0 && len(k.SPKI) > 0 && !bytes.Equal(b.Keys[i].SPKI, k.SPKI):
 			return fmt.Errorf("key %s (%s) has another public key in the backup: one of the two is not genuine", k.ID, k.Label)
 		}
@@ -162,7 +169,7 @@ func (c *Coordinator) shelter(ctx context.Context, s *State, all []standing, int
 			if s.Rotate.Name != "" {
 				return nil, nil // an earlier attempt has entered it
 			}
-			return entry(eventDomain, string(hsm.NewKeyID()), DomainEntry{Origin: others[0].Name})
+			return entry(eventDomain, hsm.NewDomainName(c.cfg.Group), DomainEntry{Origin: others[0].Name})
 		}); err != nil {
 			return nil, nil, err
 		}
@@ -191,24 +198,35 @@ func (c *Coordinator) shelter(ctx context.Context, s *State, all []standing, int
 	return s, all, nil
 }
 
-// restored enters the backup's keys as pending where the log does not know them, and lists those that are to live.
+// restored enters the backup's keys where the log does not know them, as pending, and those that were retired as retired; it
+// lists those that are to be brought back.
 func (c *Coordinator) restored(ctx context.Context, b custody.Bundle) ([]ManifestKey, error) {
 	var out []ManifestKey
 	for _, k := range b.Keys {
-		if !slices.ContainsFunc(b.Blobs, func(blob hsm.Blob) bool { return blob.ID == k.ID }) {
-			c.log.Warn("a key never left its token, so the backup does not have it", "key", k.ID, "label", k.Label)
+		if held, why := b.Holds(k.ID); !held {
+			c.log.Warn("the backup does not hold a key that it names", "key", k.ID, "label", k.Label, "why", why)
 			continue
 		}
-		s, err := c.decide(ctx, func(s *State) (*Entry, error) {
-			if _, known := s.Key(k.ID); known {
+		var now ManifestKey
+		for settled := false; !settled; {
+			s, err := c.decide(ctx, func(s *State) (*Entry, error) {
+				var known bool
+				now, known = s.Key(k.ID)
+				settled = known && (now.State != StatePending || !b.IsRetired(k.ID))
+				switch {
+				case !known:
+					return entry(string(StatePending), string(k.ID), pendingEntry{KeyRecord: k})
+				case !settled: // it never signs between the two
+					return entry(string(StateRetired), string(k.ID), Note{Why: "restored from a backup as it was"})
+				}
 				return nil, nil
+			})
+			if err != nil {
+				return nil, err
 			}
-			return entry(string(StatePending), string(k.ID), k)
-		})
-		if err != nil {
-			return nil, err
+			now, _ = s.Key(k.ID)
 		}
-		if now, _ := s.Key(k.ID); now.State == StatePending || now.State == StateLive {
+		if now.State == StatePending || now.State == StateLive || now.State == StateRetired {
 			now.KeyRecord = k
 			out = append(out, now)
 		}

@@ -3,16 +3,18 @@ package hsmsync
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"trivet/hsm"
 )
 
-// RetireKey ends a live key's work for good: nobody signs with it any more. Its copies stay until it is destroyed. A
-// pending key is abandoned instead.
-func (c *Coordinator) RetireKey(ctx context.Context, id hsm.KeyID, why string) error {
+// RetireKey ends a live key's work for good, which takes the approval of people: nobody signs with it any more. Its copies stay
+// until it is destroyed. A pending key is abandoned instead, and needs none.
+func (c *Coordinator) RetireKey(ctx context.Context, id hsm.KeyID, why string, grant ...[]byte) error {
 	want := StateRetired
 	_, err := c.decide(ctx, func(s *State) (*Entry, error) {
 		k, ok := s.Key(id)
@@ -24,7 +26,11 @@ func (c *Coordinator) RetireKey(ctx context.Context, id hsm.KeyID, why string) e
 			return entry(string(StateAbandoned), string(id), Note{Why: why})
 		case k.State == StateLive:
 			want = StateRetired
-			return entry(string(StateRetired), string(id), Note{Why: why})
+			evidence, err := c.approvedBy(grant, c.retireAct(k))
+			if err != nil {
+				return nil, err
+			}
+			return entry(string(StateRetired), string(id), Note{Why: why, Approved: evidence})
 		}
 		want = k.State // it signs with nobody any more
 		return nil, nil
@@ -65,6 +71,9 @@ func (c *Coordinator) destroy(ctx context.Context, id hsm.KeyID, grant []byte) (
 	if !ok {
 		return Destruction{}, errors.New("there is no such key")
 	}
+	if err := c.mayDestroy(s, k); err != nil { // before people are asked
+		return Destruction{}, err
+	}
 	spki, err := c.publicHalf(ctx, s, k)
 	if err != nil {
 		return Destruction{}, err
@@ -75,18 +84,11 @@ func (c *Coordinator) destroy(ctx context.Context, id hsm.KeyID, grant []byte) (
 	}
 	if s, err = c.decide(ctx, func(s *State) (*Entry, error) {
 		k, _ := s.Key(id)
-		switch k.State {
-		case StateRetired, StateAbandoned:
-			if wait := s.Policy.DestroyAfter - c.age(k.Since); wait > 0 {
-				return nil, fmt.Errorf("it was %s at %s, and %s must pass before it may be destroyed: wait until %s", k.State,
-					k.Since.UTC().Format(time.RFC3339), s.Policy.DestroyAfter, k.Since.Add(s.Policy.DestroyAfter).UTC().Format(time.RFC3339))
-			}
-		case StateDestroyed:
-			if bytes.Equal(k.Note.Request, evidence.Request) {
-				return nil, nil
-			}
-		default:
-			return nil, fmt.Errorf("it is %s: retire it first", k.State)
+		if err := c.mayDestroy(s, k); err != nil {
+			return nil, err
+		}
+		if k.State == StateDestroyed && bytes.Equal(k.Note.Request, evidence.Request) {
+			return nil, nil
 		}
 		return entry(string(StateDestroyed), string(id), Note{Why: k.Note.Why, Approved: evidence})
 	}); err != nil {
@@ -116,6 +118,21 @@ func (c *Coordinator) destroy(ctx context.Context, id hsm.KeyID, grant []byte) (
 		d.Left[m.Name] = errs[i].Error()
 	}
 	return d, nil
+}
+
+// mayDestroy refuses a key that is still of use, or too soon.
+func (c *Coordinator) mayDestroy(s *State, k ManifestKey) error {
+	switch k.State {
+	case StateDestroyed:
+		return nil
+	case StateRetired, StateAbandoned:
+		if wait := s.Policy.DestroyAfter - c.age(k.Since); wait > 0 {
+			return fmt.Errorf("it was %s at %s, and %s must pass before it may be destroyed: wait until %s", k.State,
+				k.Since.UTC().Format(time.RFC3339), s.Policy.DestroyAfter, k.Since.Add(s.Policy.DestroyAfter).UTC().Format(time.RFC3339))
+		}
+		return nil
+	}
+	return fmt.Errorf("it is %s: retire it first", k.State)
 }
 
 // destroyOn destroys one member's copy. One that is not there is fine.
@@ -168,4 +185,36 @@ func (c *Coordinator) publicHalf(ctx context.Context, s *State, k ManifestKey) (
 		return nil, errors.Join(append([]error{fmt.Errorf("no member that answers holds key %s, and the log does not have its public half: there is nothing to destroy", k.ID)}, unknown...)...)
 	}
 	return spki, nil
+}
+
+// bury tells a member which keys were destroyed, with the approvals that the log has kept, once for each of its incarnations: a
+// new agent has never known, and one whose disk and token were put back together has forgotten.
+func (c *Coordinator) bury(ctx context.Context, s *State, m standing) {
+	gone := slices.DeleteFunc(s.In(StateDestroyed), func(k ManifestKey) bool { return len(k.SPKI) == 0 || len(k.Note.Request) == 0 })
+	what := fmt.Sprint(m.info.Incarnation, " ", len(gone))
+	c.mu.Lock()
+	told := c.buried[m.Name] == what
+	c.mu.Unlock()
+	if m.err != nil || len(gone) == 0 || told {
+		return
+	}
+	for _, k := range gone {
+		g, ok := k.Note.evidence()
+		if !ok {
+			continue
+		}
+		grant, err := json.Marshal(g)
+		if err == nil {
+			err = c.call(ctx, stepTimeout, func(ctx context.Context) error {
+				return m.agent.Bury(ctx, hsm.DestroyRequest{Group: c.cfg.Group, Key: k.ID, SPKI: k.SPKI, Grant: grant})
+			})
+		}
+		if err != nil {
+			c.log.Warn("a member does not take in that a key was destroyed; it is told again", "member", m.Name, "key", k.ID, "error", err)
+			return
+		}
+	}
+	c.mu.Lock()
+	c.buried[m.Name] = what
+	c.mu.Unlock()
 }

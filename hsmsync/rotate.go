@@ -45,7 +45,7 @@ func (c *Coordinator) rotate(ctx context.Context, grants [][]byte) error {
 			if s.Rotate.Name != "" {
 				return nil, nil // another coordinator has begun it
 			}
-			return entry(eventDomain, string(hsm.NewKeyID()), DomainEntry{Origin: serving(all, s.Domain)[0].Name})
+			return entry(eventDomain, hsm.NewDomainName(c.cfg.Group), DomainEntry{Origin: serving(all, s.Domain)[0].Name})
 		}); err != nil {
 			return err
 		}

@@ -74,6 +74,9 @@ func (c *Coordinator) found(ctx context.Context, first []Member, p Policy) (*Sta
 	if err := distinct(looked); err != nil {
 		return nil, err
 	}
+	if err := c.free(ctx, looked); err != nil { // before anything is entered about them
+		return nil, err
+	}
 	s, err := c.decide(ctx, func(s *State) (*Entry, error) {
 		if len(s.order) == 0 && !reflect.DeepEqual(s.Policy, p) {
 			return entry(eventPolicy, subjectGroup, p)
@@ -106,7 +109,7 @@ func (c *Coordinator) found(ctx context.Context, first []Member, p Policy) (*Sta
 		if s.Domain.Name != "" {
 			return nil, nil
 		}
-		return entry(eventDomain, string(hsm.NewKeyID()), DomainEntry{Origin: first[0].Name})
+		return entry(eventDomain, hsm.NewDomainName(c.cfg.Group), DomainEntry{Origin: first[0].Name})
 	}); err != nil {
 		return nil, err
 	}

@@ -19,13 +19,16 @@ type State struct {
 	Next    uint64
 	Last    Entry
 	Policy  Policy
+	PolicyN uint64 // position of the entry that made it so; 0: the defaults
 	Domain  Domain
 	Rotate  Domain   // the next domain key while there is one
 	Former  []Domain // those before Domain, the oldest first
-	Deleted bool
-	members map[string]*GroupMember
-	keys    map[hsm.KeyID]*ManifestKey
-	order   []hsm.KeyID // of first mention
+	// Created is the approval with which the group began; Ended that with which it was deleted.
+	Created, Ended Note
+	Deleted        bool
+	members        map[string]*GroupMember
+	keys           map[hsm.KeyID]*ManifestKey
+	order          []hsm.KeyID // of first mention
 }
 
 // NewState is the state of an empty log.
@@ -109,6 +112,16 @@ func (s *State) apply(e Entry) error {
 		}
 		m.State = map[string]MemberState{eventActive: MemberActive, eventStandby: MemberStandby, eventDrain: MemberDrained, eventRemove: MemberRemoved}[e.Event]
 		m.N, m.Since = e.N, e.Created
+	case eventPIN:
+		var p pinEntry
+		if err := json.Unmarshal(e.Payload, &p); err != nil {
+			return err
+		}
+		m := s.members[e.Subject]
+		if m == nil || m.State == MemberRemoved {
+			return errors.New("there is no such member")
+		}
+		m.PIN, m.PINSince = p.Digest, e.Created
 	case eventDomain:
 		var p DomainEntry
 		if err := json.Unmarshal(e.Payload, &p); err != nil {
@@ -130,16 +143,23 @@ func (s *State) apply(e Entry) error {
 		s.Former = append(slices.Clone(s.Former), s.Domain)
 		s.Domain, s.Rotate = s.Rotate, Domain{}
 	case eventPolicy:
-		p := s.Policy
+		p := NewState().Policy // an entry says all of a policy; what it leaves out is as by default
 		if err := json.Unmarshal(e.Payload, &p); err != nil {
 			return err
 		}
 		if err := p.Check(); err != nil {
 			return err
 		}
-		s.Policy = p
+		s.Policy, s.PolicyN = p, e.N
+	case eventCreated:
+		var note Note
+		if err := json.Unmarshal(e.Payload, &note); err != nil {
+			return err
+		}
+		s.Created = note
 	case eventDeleted:
 		s.Deleted = true
+		_ = json.Unmarshal(e.Payload, &s.Ended) // whatever it says, the group is over
 	case string(StatePending), string(StateLive):
 		return s.applyKey(e)
 	default:
@@ -160,17 +180,18 @@ func (s *State) apply(e Entry) error {
 }
 
 func (s *State) applyKey(e Entry) error {
-	var r hsm.KeyRecord
-	if err := json.Unmarshal(e.Payload, &r); err != nil {
+	var p pendingEntry
+	if err := json.Unmarshal(e.Payload, &p); err != nil {
 		return err
 	}
+	r := p.KeyRecord
 	if string(r.ID) != e.Subject {
 		return fmt.Errorf("payload is about key %s", r.ID)
 	}
 	k := s.keys[r.ID]
 	switch {
 	case k == nil && e.Event == string(StatePending):
-		s.keys[r.ID] = &ManifestKey{KeyRecord: r, State: StatePending, N: e.N, Since: e.Created}
+		s.keys[r.ID] = &ManifestKey{KeyRecord: r, State: StatePending, Origin: p.Origin, N: e.N, Since: e.Created}
 		s.order = append(s.order, r.ID)
 	case k != nil && k.State == StatePending && e.Event == string(StateLive):
 		*k = ManifestKey{KeyRecord: r, State: StateLive, N: e.N, Since: e.Created}

@@ -38,10 +38,12 @@ type MemberStatus struct {
 	Site    string `json:"site,omitempty"`
 	Address string `json:"address"`
 	// InFlight counts the digests this process waits for.
-	InFlight    int         `json:"inflight"`
-	TokenSerial string      `json:"token_serial,omitempty"`
-	Incarnation string      `json:"incarnation,omitempty"`
-	Keys        []KeyStatus `json:"keys"`
+	InFlight    int    `json:"inflight"`
+	TokenSerial string `json:"token_serial,omitempty"`
+	Incarnation string `json:"incarnation,omitempty"`
+	// PIN is how the PIN of its token stands.
+	PIN  hsm.PIN     `json:"pin,omitzero"`
+	Keys []KeyStatus `json:"keys"`
 }
 
 // KeyStatus is one live key on one member.
@@ -82,7 +84,7 @@ func (g *Group) Status() Status {
 		ms := MemberStatus{
 			Name: m.Name, State: g.stateOf(m), Cause: cmp.Or(m.quarantine, m.cause), GivenUp: m.givenUp, Standby: m.assigned == MemberStandby,
 			Site: m.site, Address: m.Address, InFlight: m.inflight,
-			TokenSerial: m.info.TokenSerial, Incarnation: m.info.Incarnation, Keys: []KeyStatus{},
+			TokenSerial: m.info.TokenSerial, Incarnation: m.info.Incarnation, PIN: m.info.PIN, Keys: []KeyStatus{},
 		}
 		for _, k := range keys {
 			p := m.proofs[k.record.ID]

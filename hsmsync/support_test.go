@@ -38,7 +38,8 @@ type software struct {
 	epoch        hsm.EpochRecord
 	keys         map[hsm.KeyID]softKey
 	destroyed    map[hsm.KeyID]bool
-	forgotten    []string       // transport keys
+	forgotten    []string // transport keys
+	buried       []hsm.KeyID
 	calls        map[string]int // by operation
 	digests      int            // signed
 	fault        map[string]fault
@@ -382,6 +383,10 @@ func (s *software) Rotate(ctx context.Context, kek string) error {
 	})
 }
 
+func (s *software) Bury(ctx context.Context, r hsm.DestroyRequest) error {
+	return s.do(ctx, "bury", func() error { s.buried = append(s.buried, r.Key); return nil })
+}
+
 func (s *software) ForgetTransport(ctx context.Context, transport string) error {
 	return s.do(ctx, "forget", func() error { s.forgotten = append(s.forgotten, transport); return nil })
 }
@@ -408,6 +413,10 @@ func (s *software) BackupDomain(ctx context.Context, req hsm.BackupRequest) (wra
 
 func (s *software) SetEpoch(ctx context.Context, r hsm.EpochRecord) error {
 	return s.do(ctx, "epoch", func() error { s.epoch = r; return nil })
+}
+
+func (s *software) RotatePIN(ctx context.Context, _ hsm.PINRequest) error {
+	return s.do(ctx, "rotate-pin", func() error { return nil })
 }
 
 func (s *software) Activate(ctx context.Context, _ string) error {

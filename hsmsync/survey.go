@@ -36,6 +36,7 @@ const (
 	KindAbandoned   = "abandoned"     // it holds a copy of a key that never became live
 	KindUnknown     = "unknown"       // it holds a key of ours that the log does not know
 	KindForeign     = "foreign"       // it holds an object that is not ours
+	KindPIN         = "pin"           // its token warns of its PIN, or a rotation of it is not done
 	KindCopies      = "copies"        // a live key has fewer copies than the group's policy wants
 )
 
@@ -106,9 +107,15 @@ func (c *Coordinator) survey(ctx context.Context, members []GroupMember) []stand
 // sharedToken tells whether two members have one token, or one a copy of the other's.
 func sharedToken(a, b hsm.Info) bool {
 	if a.Transport != "" && b.Transport != "" {
-		return a.Transport == b.Transport
+		return a.Transport == b.Transport || image(a.TokenSerial, a.Transport, b) || image(b.TokenSerial, b.Transport, a)
 	}
 	return a.TokenSerial == b.TokenSerial
+}
+
+// image tells whether a token is a copy of the one with that serial and transport key. A vendor's cloning may bring the key
+// along, but not the serial; some modules give every token the same serial, but not the key.
+func image(serial, transport string, of hsm.Info) bool {
+	return serial == of.TokenSerial && transport != "" && slices.Contains(of.Strangers, transport)
 }
 
 // in lists the members in one of the given states, by name.

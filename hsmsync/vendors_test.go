@@ -199,7 +199,7 @@ func TestAnHSMOfAnotherVendorJoinsAGroupThatHasKeys(t *testing.T) {
 			for _, a := range []hsm.Algorithm{hsm.P256, hsm.RSA2048} {
 				w.key("key-"+string(a), a)
 			}
-			good(t, w.c.RetireKey(w.soon(), w.key("retired", hsm.P256).ID, ""))
+			good(t, w.retire(w.key("retired", hsm.P256).ID, ""))
 			good(t, w.c.Enroll(w.soon(), w.request(newcomer)))
 			w.verify(3, 2)
 			if i := w.at[newcomer].WaitReady(); i.Keys != 3 || i.Epoch != 1 {

@@ -4,13 +4,16 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 	"sync"
 
 	"trivet/hsm"
 )
 
 // Verify compares everything that every member holds with the log, and has every member sign a fresh challenge with every
-// live key. It repairs nothing. The report has the proofs in it; the error says only that nothing could be found out.
+// live key. It repairs nothing. Copies of retired keys are compared. The report has the proofs in it; the error says only that nothing could be found out.
 func (c *Coordinator) Verify(ctx context.Context) (Report, error) {
 	s, err := c.State(ctx)
 	if err != nil {
@@ -44,8 +47,41 @@ func (c *Coordinator) Verify(ctx context.Context) (Report, error) {
 	if err := ctx.Err(); err != nil {
 		return r, fmt.Errorf("verifying group %s: %w", c.cfg.Group, err)
 	}
+	c.retired(s, &r, holds)
 	copies(s, &r, holds)
 	return r, nil
+}
+
+// retired adds which retired keys there are copies of, and says what the report covers.
+func (c *Coordinator) retired(s *State, r *Report, holds map[string]map[hsm.KeyID]bool) {
+	gone := 0
+	for _, k := range s.In(StateRetired) {
+		k := RetiredReport{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Holders: []string{}}
+		for _, m := range slices.Sorted(maps.Keys(holds)) {
+			if holds[m][k.ID] {
+				k.Holders = append(k.Holders, m)
+			}
+		}
+		r.Retired = append(r.Retired, k)
+		if len(k.Holders) > 0 {
+			continue
+		}
+		gone++
+		r.Findings = slices.DeleteFunc(r.Findings, func(f Finding) bool { return f.Kind == KindMissing && f.Key == k.ID })
+		r.Findings = append(r.Findings, Finding{Kind: KindCopies, Key: k.ID, Label: k.Label, Alarm: true, Detail: fmt.Sprintf(
+			"no member that answers holds a copy of retired key %s (%s), so nobody can bring it and no new backup has it: look whether an older backup does (hsm restore --check), "+
+				"and have it destroyed if it is not needed any more", k.ID, k.Label)})
+	}
+	members := slices.Sorted(maps.Keys(holds))
+	on := "no member: none that has joined answered"
+	if len(members) > 0 {
+		on = strings.Join(members, ", ")
+	}
+	r.Covers = []string{
+		fmt.Sprintf("%d live keys: listed, compared and proved by a signature now on %s", len(r.Keys), on),
+		fmt.Sprintf("%d retired keys: listed and compared, not proved, since they sign no more; of %d no copy was found", len(r.Retired), gone),
+		"backups: not looked at; `pkictl hsm restore --check` says what one of them holds",
+	}
 }
 
 // examine compares one member with the log. Seen are the keys that it holds as it should; nil when it could not be asked.
@@ -54,7 +90,7 @@ func (c *Coordinator) examine(ctx context.Context, s *State, m standing, theirs 
 	if m.err != nil {
 		return r, nil, []Finding{found(m.err, hsm.KeyRecord{}, m.Name, KindUnreachable)}
 	}
-	findings = drift(m, theirs)
+	findings = append(drift(m, theirs), c.pinFindings(m)...)
 	if m.State != MemberJoining && s.Policy.Driver == DriverWrap && m.info.KEK != s.Domain.Name {
 		findings = append(findings, Finding{Kind: KindDomain, Member: m.Name, Alarm: true,
 			Detail: fmt.Sprintf("member %s holds domain key %q, the group's is %s: the next reconciliation brings it in line", m.Name, m.info.KEK, s.Domain.Name)})

@@ -2,11 +2,13 @@ package custody
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"trivet/hsm"
@@ -22,7 +24,8 @@ const (
 )
 
 // Bundle is a backup of one group: its keys, wrapped by its domain key, and the domain key wrapped to the recipient. It holds
-// nothing that can be read without the custodians. Keys that never leave their tokens are listed and have no blob.
+// nothing that can be read without the custodians. Every live and retired key is listed; Missing says of those without a blob
+// why there is none.
 type Bundle struct {
 	Version int       `json:"version"`
 	Cluster string    `json:"cluster"`
@@ -36,6 +39,10 @@ type Bundle struct {
 	Recipient Recipient       `json:"recipient"`
 	Keys      []hsm.KeyRecord `json:"keys"`
 	Blobs     []hsm.Blob      `json:"blobs"`
+	// Retired are those of Keys that sign no more, and are restored as such.
+	Retired []hsm.KeyID `json:"retired,omitempty"`
+	// Missing says why a key has no blob.
+	Missing map[hsm.KeyID]string `json:"missing,omitempty"`
 	// Digest is the hex SHA-256 of all the above. It finds damage, not malice: who alters a bundle can make a new one. Write
 	// it down at the ceremony, apart from the bundle.
 	Digest string `json:"digest"`
@@ -134,9 +141,34 @@ func (b Bundle) check() error {
 		delete(keys, blob.ID)
 	}
 	for id, k := range keys {
-		if !k.NonExtractable && k.Algorithm.Cloneable() {
+		switch {
+		case k.NonExtractable || !k.Algorithm.Cloneable():
+		case !b.IsRetired(id):
 			return fmt.Errorf("key %s (%s) has no blob", id, k.Label)
+		case b.Missing[id] == "":
+			return fmt.Errorf("key %s (%s) has no blob, and nothing says why", id, k.Label)
+		}
+	}
+	for id := range b.Missing {
+		if _, lacks := keys[id]; !lacks {
+			return fmt.Errorf("key %s is said to be missing, and has a blob or is not listed", id)
+		}
+	}
+	for i, id := range b.Retired {
+		if slices.Contains(b.Retired[:i], id) || !slices.ContainsFunc(b.Keys, func(k hsm.KeyRecord) bool { return k.ID == id }) {
+			return fmt.Errorf("retired key %s is there twice, or is not listed", id)
 		}
 	}
 	return nil
+}
+
+// IsRetired tells whether a key signed no more when the backup was made.
+func (b Bundle) IsRetired(id hsm.KeyID) bool { return slices.Contains(b.Retired, id) }
+
+// Holds tells whether the bundle has a key itself, and if not, why.
+func (b Bundle) Holds(id hsm.KeyID) (holds bool, why string) {
+	if slices.ContainsFunc(b.Blobs, func(blob hsm.Blob) bool { return blob.ID == id }) {
+		return true, ""
+	}
+	return false, cmp.Or(b.Missing[id], "it never leaves its token")
 }

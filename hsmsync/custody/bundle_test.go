@@ -209,34 +209,50 @@ func TestABundleThatCannotBeRestoredIsNotWritten(t *testing.T) {
 		change func(*custody.Bundle)
 		want   string
 	}{
-		"no cluster":                 {func(b *custody.Bundle) { b.Cluster = "" }, "cluster"},
-		"no group":                   {func(b *custody.Bundle) { b.Group = "" }, "group"},
-		"no time":                    {func(b *custody.Bundle) { b.Created = time.Time{} }, "created"},
-		"no policy":                  {func(b *custody.Bundle) { b.Policy = nil }, "policy"},
-		"a policy that is no object": {func(b *custody.Bundle) { b.Policy = json.RawMessage("3") }, "policy"},
-		"no domain":                  {func(b *custody.Bundle) { b.Domain = "" }, "domain key name"},
-		"no domain key":              {func(b *custody.Bundle) { b.Wrapped = nil }, "must be 768"},
-		"no recipient":               {func(b *custody.Bundle) { b.Recipient = custody.Recipient{} }, "recipient spki"},
-		"nothing sealed":             {func(b *custody.Bundle) { b.Recipient.Sealed = nil }, "sealed"},
-		"a recipient without set":    {func(b *custody.Bundle) { b.Recipient.Set = custody.Set{} }, "share set"},
-		"a key without blob":         {func(b *custody.Bundle) { b.Blobs = b.Blobs[:1] }, "demo-g1) has no blob"},
-		"a blob without key":         {func(b *custody.Bundle) { b.Keys = b.Keys[:1] }, "does not match the list of keys"},
-		"a blob twice":               {func(b *custody.Bundle) { b.Blobs = append(b.Blobs, b.Blobs[0]) }, "or is there twice"},
-		"a key twice":                {func(b *custody.Bundle) { b.Keys = append(b.Keys, b.Keys[0]) }, "is there twice"},
-		"a blob of another domain":   {func(b *custody.Bundle) { b.Blobs[0].KEK = "main-2" }, "wrapped with domain key main-2"},
-		"a blob of another key":      {func(b *custody.Bundle) { b.Blobs[0].SPKI = b.Blobs[1].SPKI }, "does not match the list of keys"},
-		"a blob without MAC":         {func(b *custody.Bundle) { b.Blobs[0].MAC = nil }, "mac of 0 octets"},
-		"a foreign object":           {func(b *custody.Bundle) { b.Keys[0].Foreign = true }, "not a key of the group"},
-		"a broken key":               {func(b *custody.Bundle) { b.Keys[0].Fault = "x" }, "not a key of the group"},
-		"a probe key":                {func(b *custody.Bundle) { b.Keys[0].Purpose = hsm.PurposeProbe }, "not a key of the group"},
-		"a key that is none":         {func(b *custody.Bundle) { b.Keys[0].SPKI = []byte("x") }, "parsing public key"},
-		"a key of another kind":      {func(b *custody.Bundle) { b.Keys[0].Algorithm = hsm.P384 }, "is P-256, not P-384"},
+		"no cluster":                           {func(b *custody.Bundle) { b.Cluster = "" }, "cluster"},
+		"no group":                             {func(b *custody.Bundle) { b.Group = "" }, "group"},
+		"no time":                              {func(b *custody.Bundle) { b.Created = time.Time{} }, "created"},
+		"no policy":                            {func(b *custody.Bundle) { b.Policy = nil }, "policy"},
+		"a policy that is no object":           {func(b *custody.Bundle) { b.Policy = json.RawMessage("3") }, "policy"},
+		"no domain":                            {func(b *custody.Bundle) { b.Domain = "" }, "domain key name"},
+		"no domain key":                        {func(b *custody.Bundle) { b.Wrapped = nil }, "must be 768"},
+		"no recipient":                         {func(b *custody.Bundle) { b.Recipient = custody.Recipient{} }, "recipient spki"},
+		"nothing sealed":                       {func(b *custody.Bundle) { b.Recipient.Sealed = nil }, "sealed"},
+		"a recipient without set":              {func(b *custody.Bundle) { b.Recipient.Set = custody.Set{} }, "share set"},
+		"a key without blob":                   {func(b *custody.Bundle) { b.Blobs = b.Blobs[:1] }, "demo-g1) has no blob"},
+		"a blob without key":                   {func(b *custody.Bundle) { b.Keys = b.Keys[:1] }, "does not match the list of keys"},
+		"a blob twice":                         {func(b *custody.Bundle) { b.Blobs = append(b.Blobs, b.Blobs[0]) }, "or is there twice"},
+		"a key twice":                          {func(b *custody.Bundle) { b.Keys = append(b.Keys, b.Keys[0]) }, "is there twice"},
+		"a blob of another domain":             {func(b *custody.Bundle) { b.Blobs[0].KEK = "main-2" }, "wrapped with domain key main-2"},
+		"a blob of another key":                {func(b *custody.Bundle) { b.Blobs[0].SPKI = b.Blobs[1].SPKI }, "does not match the list of keys"},
+		"a blob without MAC":                   {func(b *custody.Bundle) { b.Blobs[0].MAC = nil }, "mac of 0 octets"},
+		"a foreign object":                     {func(b *custody.Bundle) { b.Keys[0].Foreign = true }, "not a key of the group"},
+		"a broken key":                         {func(b *custody.Bundle) { b.Keys[0].Fault = "x" }, "not a key of the group"},
+		"a probe key":                          {func(b *custody.Bundle) { b.Keys[0].Purpose = hsm.PurposeProbe }, "not a key of the group"},
+		"a key that is none":                   {func(b *custody.Bundle) { b.Keys[0].SPKI = []byte("x") }, "parsing public key"},
+		"a key of another kind":                {func(b *custody.Bundle) { b.Keys[0].Algorithm = hsm.P384 }, "is P-256, not P-384"},
+		"a retired key without blob or reason": {func(b *custody.Bundle) { b.Blobs, b.Retired = b.Blobs[:1], []hsm.KeyID{b.Keys[1].ID} }, "nothing says why"},
+		"a live key with a reason for its absence": {func(b *custody.Bundle) {
+			b.Blobs, b.Missing = b.Blobs[:1], map[hsm.KeyID]string{b.Keys[1].ID: "lost"}
+		}, "demo-g1) has no blob"},
+		"a key that is there and missing":  {func(b *custody.Bundle) { b.Missing = map[hsm.KeyID]string{b.Keys[1].ID: "lost"} }, "is said to be missing"},
+		"a retired key that is not listed": {func(b *custody.Bundle) { b.Retired = []hsm.KeyID{hsm.NewKeyID()} }, "retired key"},
+		"a key retired twice":              {func(b *custody.Bundle) { b.Retired = []hsm.KeyID{b.Keys[1].ID, b.Keys[1].ID} }, "retired key"},
 	} {
 		b := bundle(t)
 		c.change(&b)
 		if _, err := b.Encode(); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
+	}
+	// A retired key of which no copy is left has none either, and the backup says so.
+	lost := bundle(t)
+	lost.Blobs, lost.Retired = lost.Blobs[:1], []hsm.KeyID{lost.Keys[1].ID}
+	lost.Missing = map[hsm.KeyID]string{lost.Keys[1].ID: "nobody holds it"}
+	if got, err := custody.ParseBundle(encode(t, lost)); err != nil {
+		t.Error(err)
+	} else if held, why := got.Holds(lost.Keys[1].ID); held || why != "nobody holds it" || !got.IsRetired(lost.Keys[1].ID) {
+		t.Errorf("%v %q", held, why)
 	}
 	// A key that cannot leave its token has no blob, and is still listed.
 	b := bundle(t)
