@@ -42,6 +42,9 @@ type Authority struct {
 	Chain       []*x509.Certificate // from Certificate to its root; empty while pending
 }
 
+// Key names the authority's key.
+func (a *Authority) Key() KeyName { return KeyName{a.Group, a.KeyID} }
+
 // Active tells whether the authority may issue end-entity certificates at the time given, and why not.
 func (a *Authority) Active(at time.Time) error {
 	switch {

@@ -81,13 +81,23 @@ type MemberChain interface {
 //
 // A responder answers "good" for at most Lease after the moment before it last asked the database what there is. One that asked before
 // the revocation was committed must fall silent within Lease of the commit; one that asked later knows the revocation. Hence at
-// commit + Lease + Margin nobody says "good" any more, reached or not, provided that its policy is to fall silent.
+// commit + Lease + Margin nobody says "good" any more, reached or not, provided that its policy is to fall silent. That holds as well for a process
+// whose name another has taken over, and which therefore is asked no more.
 type Barrier struct {
 	cfg BarrierConfig
 
 	mu     sync.Mutex
 	latest map[string]db.Member     // newest known event of each member
 	out    map[string]time.Duration // boottime at which a member's present "out" row was first seen here
+	moved  map[string]move          // by member that came to another address
+}
+
+// move is that a process took the name of one at another address, which may live: it learns that it lost its name when it next asks the database,
+// and until then has the lease it has. One at the same address has ended: two cannot listen there.
+type move struct {
+	from   string
+	seen   time.Duration // boottime at which it was first seen here
+	strict bool          // the older process falls silent with its lease
 }
 
 // NewBarrier returns a Barrier. It connects to nothing.
@@ -106,7 +116,7 @@ func NewBarrier(cfg BarrierConfig) (*Barrier, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return &Barrier{cfg: cfg, latest: map[string]db.Member{}, out: map[string]time.Duration{}}, nil
+	return &Barrier{cfg: cfg, latest: map[string]db.Member{}, out: map[string]time.Duration{}, moved: map[string]move{}}, nil
 }
 
 func boottime() time.Duration {
@@ -155,6 +165,9 @@ func (b *Barrier) members(ctx context.Context) ([]db.Member, error) {
 			b.out[m.VA] = seen
 		} else {
 			delete(b.out, m.VA)
+			if m.Prior != "" && m.Prior != m.Address {
+				b.moved[m.VA] = move{m.Prior, seen, m.PriorPolicy == policyStrict}
+			}
 		}
 	}
 	all := make([]db.Member, 0, len(b.latest))
@@ -170,6 +183,57 @@ type wait struct {
 	db.Member
 	lapse   time.Duration // boottime from which it counts as lapsed; never if zero
 	applied bool
+	older   bool // it has lost its name, so that its answer says nothing
+}
+
+// Positions asks every member that is in how far it has each lane. Those that do not answer within a second are left out.
+func (b *Barrier) Positions(ctx context.Context) (map[string]map[string]uint64, error) {
+	members, err := b.members(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, pollWait)
+	defer cancel()
+	var mu sync.Mutex
+	var asking sync.WaitGroup
+	out := map[string]map[string]uint64{}
+	for _, m := range members {
+		if m.Event == memberOut {
+			continue
+		}
+		asking.Go(func() {
+			vector, err := b.position(ctx, m)
+			if err != nil {
+				b.cfg.Log.Debug("responder not reached", "va", m.VA, "address", m.Address, "err", err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			out[m.VA] = vector
+		})
+	}
+	asking.Wait()
+	return out, nil
+}
+
+func (b *Barrier) position(ctx context.Context, m db.Member) (map[string]uint64, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+m.Address+"/internal/position", nil)
+	if err != nil {
+		return nil, err
+	}
+	res, err := b.cfg.Client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("status %d", res.StatusCode)
+	}
+	var answer struct {
+		Vector map[string]uint64 `json:"vector"`
+	}
+	err = json.NewDecoder(io.LimitReader(res.Body, 16<<20)).Decode(&answer)
+	return answer.Vector, err
 }
 
 // Wait returns when the position is effective at every responder, and otherwise when waiting longer cannot help or ctx ends. It must be
@@ -189,6 +253,9 @@ func (b *Barrier) Wait(ctx context.Context, at Position) Reach {
 	defer polls.Wait()
 	defer cancel()
 	for i := range waits {
+		if waits[i].older {
+			continue
+		}
 		polls.Go(func() {
 			if b.poll(ctx, waits[i].VA, at) {
 				select {
@@ -250,6 +317,10 @@ func (b *Barrier) register(ctx context.Context, committed, limit time.Duration) 
 					w.lapse = limit
 				}
 				waits = append(waits, w)
+				if older, until := b.older(m.VA); committed < until {
+					older.lapse = min(older.lapse, limit)
+					waits = append(waits, older)
+				}
 			}
 			return waits, nil
 		}
@@ -264,6 +335,21 @@ func (b *Barrier) register(ctx context.Context, committed, limit time.Duration) 
 		case <-timer.C:
 		}
 	}
+}
+
+// older is the process that had a member's name at another address, and until when it may have a lease. One that does not fall silent with its lease makes
+// revocations pending for as long, and is then left to whoever moved it. The caller holds b.mu.
+func (b *Barrier) older(va string) (wait, time.Duration) {
+	m, known := b.moved[va]
+	if !known {
+		return wait{}, 0
+	}
+	until := m.seen + b.cfg.Lease + b.cfg.Margin
+	w := wait{Member: db.Member{VA: va + " at " + m.from, Event: memberOut}, older: true}
+	if m.strict {
+		w.lapse = until
+	}
+	return w, until
 }
 
 // unknown is the reach when the members could not be read: everyone known, and whoever else there may be, is pending.

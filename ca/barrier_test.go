@@ -119,7 +119,11 @@ func (c *chain) Members(context.Context) ([]db.Member, error) {
 	defer c.mu.Unlock()
 	var out []db.Member
 	for _, rows := range c.rows {
-		out = append(out, rows[len(rows)-1])
+		m := rows[len(rows)-1]
+		if n := len(rows); n > 1 && rows[n-2].Event == "in" {
+			m.Prior, m.PriorPolicy = rows[n-2].Address, rows[n-2].Policy
+		}
+		out = append(out, m)
 	}
 	return out, c.broken
 }
@@ -238,6 +242,50 @@ func TestBarrierNamesThePendingAtTheDeadline(t *testing.T) {
 			t.Errorf("reach %+v, want ocsp2 pending", reach)
 		}
 	})
+}
+
+// TestANameTakenOverAtAnotherAddressWaitsForTheOlderProcess: a machine was cloned or moved without being stopped, and the older process, cut off from the
+// database, does not know that it lost its name.
+func TestANameTakenOverAtAnotherAddressWaitsForTheOlderProcess(t *testing.T) {
+	for name, c := range map[string]struct {
+		from, policy string
+		wait         time.Duration
+		effective    bool
+	}{
+		"moved":               {"old.test:8443", "strict", ca.Lease + ca.LeaseMargin - 2*time.Second, true},
+		"moved, serving":      {"old.test:8443", "serve", ca.Lease + ca.LeaseMargin, false},
+		"restarted where was": {"ocsp1.test:8443", "strict", 0, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newResponder("ocsp1", 2)
+				r.apply(7)
+				before, now := r.member(c.policy), r.member("strict")
+				before.Address, before.Incarnation, now.N = c.from, slices.Repeat([]byte{1}, 16), 2
+				members := newChain(before)
+				b := newBarrier(t, members, network{"ocsp1": r})
+				ctx, cancel := context.WithCancel(t.Context())
+				ran := make(chan struct{})
+				go func() { defer close(ran); _ = b.Run(ctx) }()
+				defer func() { cancel(); <-ran }()
+				synctest.Wait()
+				if err := members.InsertMember(ctx, now); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(3 * time.Second) // on the bubble's clock; the row was first seen after one
+				began := time.Now()
+				reach := b.Wait(ctx, position)
+				if took := time.Since(began); took != c.wait || reach.Effective() != c.effective || reach.Applied != 1 {
+					t.Errorf("it took %v, want %v: %+v", took, c.wait, reach)
+				}
+				time.Sleep(10 * time.Second)
+				began = time.Now()
+				if reach := b.Wait(ctx, position); time.Since(began) != 0 || !reach.Effective() {
+					t.Errorf("long after: %v, %+v", time.Since(began), reach)
+				}
+			})
+		})
+	}
 }
 
 func TestAnotherIncarnationsAnswerDoesNotCount(t *testing.T) {

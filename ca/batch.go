@@ -30,6 +30,11 @@ func (e *Engine) runBatch(jobs []*job) {
 	defer cancel()
 	e.metrics.batch.Observe(float64(len(jobs)))
 	at := time.Now()
+	for _, j := range jobs {
+		if !j.submitted.IsZero() {
+			e.metrics.stage("queue", j.submitted)
+		}
+	}
 
 	jobs, voids := e.intend(ctx, jobs)
 	at = e.metrics.stage("intent", at)
@@ -49,10 +54,10 @@ func (e *Engine) fail(jobs []*job, err error) {
 }
 
 func (e *Engine) journalFailed(err error) error {
-	return unavailable(JournalUnavailable, err, "this node cannot record what it does: repeat the request with the same Idempotency-Key")
+	return JournalError(err, "this node cannot record what it does: repeat the request with the same Idempotency-Key")
 }
 
-// journal makes payloads durable in one fsync. Its error is what clients are told; the process ends on it.
+// journal makes payloads durable in one fsync. Its error is what clients are told; the process ends on it, unless the disk is full.
 func (e *Engine) journal(payloads ...any) error {
 	records := make([]journal.Record, len(payloads))
 	for i, p := range payloads {
@@ -75,15 +80,18 @@ func (e *Engine) intend(ctx context.Context, jobs []*job) (intended []*job, void
 	fresh := make([]*job, 0, len(jobs))
 	rows := make([]db.Intent, 0, len(jobs))
 	for i, j := range jobs {
-		records[i] = journal.Intent{
-			Issuer: j.intent.Issuer, Serial: j.serial(), Req: j.req[:], Body: j.body[:], TBS: j.intent.TBS,
-			Requester: j.intent.Requester, Profile: j.intent.Profile, Takeover: j.adopted,
+		row := j.intent
+		if !j.adopted {
+			row = e.seal(row)
 		}
+		intent := journalIntent(&row)
+		intent.Takeover = j.adopted
+		records[i] = *intent
 		if j.adopted && j.attempts == 0 {
 			intended = append(intended, j)
 		} else {
 			fresh = append(fresh, j)
-			rows = append(rows, j.intent)
+			rows = append(rows, row)
 		}
 	}
 	if err := e.journal(records...); err != nil {
@@ -111,6 +119,11 @@ func (e *Engine) intend(ctx context.Context, jobs []*job) (intended []*job, void
 	}
 	for i, j := range fresh {
 		row := found[i]
+		if row.Blocked {
+			voids = append(voids, journal.Void{Issuer: j.intent.Issuer, Serial: j.serial(), Why: "the key is blocked"})
+			e.finish(j, nil, keyBlocked())
+			continue
+		}
 		if string(row.Serial) == string(j.intent.Serial) && row.Issuer == j.intent.Issuer {
 			intended = append(intended, j)
 			continue
@@ -123,11 +136,16 @@ func (e *Engine) intend(ctx context.Context, jobs []*job) (intended []*job, void
 
 // sign is step 4: the digests go to the journal, then to each issuer's key. It returns the jobs that have a certificate whose signature verifies.
 func (e *Engine) sign(ctx context.Context, jobs []*job, records []any) []*job {
-	groups := make(map[string][]*job, 1)
+	groups := make(map[KeyName][]*job, 1)
 	for _, j := range jobs {
 		s, _, err := schemeOf(j.issuer.key)
 		if err != nil {
 			e.finish(j, nil, asError(err))
+			continue
+		}
+		if !j.passed(j.intent.TBS) {
+			e.cfg.Log.Error("a certificate was about to be signed that is not the one that was checked", "issuer", j.intent.Issuer, "serial", j.serial())
+			e.finish(j, nil, unavailable(OutcomeUnknown, errUnchecked, "the request could not be finished: repeat it with the same Idempotency-Key"))
 			continue
 		}
 		j.digest = s.digest(j.intent.TBS)
@@ -160,7 +178,7 @@ func (e *Engine) sign(ctx context.Context, jobs []*job, records []any) []*job {
 	return signed
 }
 
-func (e *Engine) signGroup(ctx context.Context, keyID string, jobs []*job) []*job {
+func (e *Engine) signGroup(ctx context.Context, keyID KeyName, jobs []*job) []*job {
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.SignTimeout)
 	defer cancel()
 	digests := make([][]byte, len(jobs))
@@ -187,7 +205,7 @@ func (e *Engine) signGroup(ctx context.Context, keyID string, jobs []*job) []*jo
 }
 
 // signBatch returns by the deadline even if the signer does not: a signature that comes later is dropped unseen.
-func (e *Engine) signBatch(ctx context.Context, keyID string, digests [][]byte) ([][]byte, error) {
+func (e *Engine) signBatch(ctx context.Context, keyID KeyName, digests [][]byte) ([][]byte, error) {
 	key, err := e.cfg.Keys.Key(ctx, keyID)
 	if err != nil {
 		return nil, fmt.Errorf("finding key %s: %w", keyID, err)
@@ -272,6 +290,7 @@ func (e *Engine) release(ctx context.Context, jobs []*job, except string) {
 	if len(jobs) == 0 {
 		return
 	}
+	at := e.cfg.Rounds.now()
 	rows, err := e.readBack(ctx, jobs, except)
 	if err != nil {
 		e.fail(jobs, databaseError("reading the certificate back", err))
@@ -279,7 +298,7 @@ func (e *Engine) release(ctx context.Context, jobs []*job, except string) {
 	}
 	ready := make([]*job, 0, len(jobs))
 	results := make([]*Issued, 0, len(jobs))
-	records := make([]any, 0, len(jobs))
+	records := make([]*journal.Done, 0, len(jobs))
 	for i, j := range jobs {
 		row := rows[i]
 		if row.Intent == nil || row.Outcome == nil {
@@ -292,15 +311,16 @@ func (e *Engine) release(ctx context.Context, jobs []*job, except string) {
 			continue
 		}
 		ready, results = append(ready, j), append(results, issued)
-		records = append(records, journal.Done{
-			Issuer: issued.Issuer, Serial: hex.EncodeToString(issued.Serial), Ver: int(row.Outcome.Ver), DER: issued.DER,
-			Lane: issued.Lane, Seq: issued.Seq, Kind: journal.DoneCert,
-		})
+		records = append(records, doneOf(row.Intent, row.Outcome, nil))
+		at.state = row.Round // of one statement, so the same for all
 	}
 	if len(ready) == 0 {
 		return
 	}
-	if err := e.journal(records...); err != nil {
+	if err := e.cfg.Rounds.done(ctx, e.log, at, records...); err != nil {
+		if NameOf(err) == "" {
+			err = e.journalFailed(err)
+		}
 		e.fail(ready, err)
 		return
 	}

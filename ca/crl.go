@@ -89,7 +89,7 @@ func NewCRLs(cfg CRLConfig) (*CRLs, error) {
 	setDefault(&cfg.Poll, 700*time.Millisecond)
 	setDefault(&cfg.Debounce, 2*time.Second)
 	setDefault(&cfg.VoidAfter, 5*time.Second)
-	c := &CRLs{cfg: cfg, e: cfg.Engine, lane: cfg.Lane, record: cfg.Engine.cfg.Store, known: map[string]*crlState{}}
+	c := &CRLs{cfg: cfg, e: cfg.Engine, lane: cfg.Engine.cfg.Rounds.lane(cfg.Lane), record: cfg.Engine.cfg.Store, known: map[string]*crlState{}}
 	c.metrics = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trivet_ca_crls_total", Help: "CRLs by generation and outcome: signed, failed, lost-entries."},
 		[]string{"issuer", "outcome"})
 	if registry := c.e.cfg.Metrics; registry != nil {
@@ -101,20 +101,12 @@ func NewCRLs(cfg CRLConfig) (*CRLs, error) {
 			c.metrics = there.ExistingCollector.(*prometheus.CounterVec) // Establish was run again
 		}
 	}
-	err := c.e.cfg.Journal.Replay(func(entry journal.Entry) error {
-		if entry.Kind != journal.KindCRL {
-			return nil
-		}
-		var p journal.CRL
-		if err := entry.Decode(&p); err != nil {
-			return err
-		}
-		s := c.state(p.Issuer)
-		s.highest = max(s.highest, p.Number)
-		return nil
-	})
+	journalled, err := c.e.cfg.Journal.State()
 	if err != nil {
 		return nil, fmt.Errorf("reading CRL numbers from the journal: %w", err)
+	}
+	for issuer, number := range journalled.CRLs {
+		c.state(issuer).highest = number
 	}
 	return c, nil
 }
@@ -161,6 +153,9 @@ func signsCRLs(a *Authority, now time.Time) bool {
 }
 
 func (c *CRLs) step(ctx context.Context, a *Authority) error {
+	if c.e.cfg.Rounds.err() != nil {
+		return nil // a CRL of what the database has now might lack what it lost
+	}
 	ctx, cancel := context.WithTimeout(ctx, c.e.cfg.BatchTimeout)
 	defer cancel()
 	c.mu.Lock()
@@ -229,6 +224,9 @@ func (c *CRLs) Issue(ctx context.Context, issuer string) (*CRL, error) {
 	if !ok || !signsCRLs(a, c.e.cfg.Now()) {
 		return nil, refuse(CANotActive, "ca", "%s signs no CRLs", issuer)
 	}
+	if err := c.e.cfg.Rounds.err(); err != nil {
+		return nil, err
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.issue(ctx, a)
@@ -242,6 +240,9 @@ var (
 
 // issue goes round until a CRL of this node's is published. The caller holds mu.
 func (c *CRLs) issue(ctx context.Context, a *Authority) (*CRL, error) {
+	if err := c.e.clockError(); err != nil { // a CRL from the future is believed by nobody
+		return nil, err
+	}
 	for {
 		crl, err := c.once(ctx, a)
 		switch {
@@ -340,7 +341,7 @@ func (c *CRLs) once(ctx context.Context, a *Authority) (*CRL, error) {
 		}
 		return nil, err
 	}
-	if err := c.publish(ctx, a, n, number, der); err != nil {
+	if err := c.publish(ctx, a, n, number, tbs, der); err != nil {
 		return nil, err
 	}
 	c.restore(ctx, a, number, lost)
@@ -353,7 +354,7 @@ func (c *CRLs) journal(payload any) error {
 		err = c.e.log.Append(record)
 	}
 	if err != nil {
-		return unavailable(JournalUnavailable, err, "this node cannot record what it does")
+		return JournalError(err, "this node cannot record what it does")
 	}
 	return nil
 }
@@ -366,7 +367,7 @@ func (c *CRLs) sign(ctx context.Context, a *Authority, tbs []byte) ([]byte, erro
 	}
 	sctx, cancel := context.WithTimeout(ctx, c.e.cfg.SignTimeout)
 	defer cancel()
-	signatures, err := c.e.signBatch(sctx, a.KeyID, [][]byte{s.digest(tbs)})
+	signatures, err := c.e.signBatch(sctx, a.Key(), [][]byte{s.digest(tbs)})
 	if err != nil {
 		return nil, unavailable(HSMUnavailable, err, "no HSM could sign: repeat the request")
 	}
@@ -383,7 +384,7 @@ func (c *CRLs) sign(ctx context.Context, a *Authority, tbs []byte) ([]byte, erro
 
 // publish appends the result, reads it back on another database node and journals it. A result that somebody else gave the row (void, since
 // this node took too long) means that the signature is dropped unseen.
-func (c *CRLs) publish(ctx context.Context, a *Authority, n uint32, number uint64, der []byte) error {
+func (c *CRLs) publish(ctx context.Context, a *Authority, n uint32, number uint64, tbs, der []byte) error {
 	result := &db.CRLResult{Issuer: a.Issuer, N: n, Kind: db.CRLIssued, DER: der, Number: number}
 	appended, err := c.lane.Append(ctx, []db.Fact{{CRL: result}})
 	node := ""
@@ -397,7 +398,11 @@ func (c *CRLs) publish(ctx context.Context, a *Authority, n uint32, number uint6
 		return databaseError("publishing the CRL", err)
 	}
 	var back *db.CRLResult
+	at := c.e.cfg.Rounds.now()
 	if _, err := c.record.Read(ctx, "read back crl", node, func(ctx context.Context, conn *sql.Conn) (err error) {
+		if at.state, err = db.ReadRoundState(ctx, conn); err != nil {
+			return err
+		}
 		_, back, err = c.record.LatestCRL(ctx, conn, a.Issuer, 0)
 		return err
 	}); err != nil {
@@ -408,7 +413,15 @@ func (c *CRLs) publish(ctx context.Context, a *Authority, n uint32, number uint6
 		return errOvertaken
 	}
 	// Without the DER: its digest is in the crl record, and the revocations that it shows are in records of their own.
-	return c.journal(journal.Done{Issuer: a.Issuer, Ver: int(n), Lane: result.Lane, Seq: result.Seq, Kind: doneCRL})
+	hash := sha256.Sum256(tbs)
+	err = c.e.cfg.Rounds.done(ctx, c.e.log, at, &journal.Done{
+		Issuer: a.Issuer, Ver: int(n), Lane: result.Lane, Seq: result.Seq, Kind: doneCRL, Created: result.Created,
+		CRL: &journal.CRL{Issuer: a.Issuer, N: int(n), Number: number, TBSHash: hash[:]},
+	})
+	if err != nil && NameOf(err) == "" {
+		err = unavailable(JournalUnavailable, err, "this node cannot record what it does")
+	}
+	return err
 }
 
 // void gives up the number of a CRL that will not be signed, unless its result has come in the meantime.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"trivet/ca/weakkey"
 	"trivet/db"
 	"trivet/journal"
 )
@@ -32,10 +33,20 @@ type Signer interface {
 	SignBatch(ctx context.Context, digests [][]byte) (signatures [][]byte, err error)
 }
 
-// KeySource finds keys by id. It returns only keys that may be used now; its error says why another may not. It must not block for longer
+// KeyName names a key everywhere, as the generation's row does: a key group, and the key's id in it. An id alone says too little: a group
+// may hold keys that were restored from another's backup.
+type KeyName struct{ Group, ID string }
+
+// String is group/id.
+func (k KeyName) String() string { return k.Group + "/" + k.ID }
+
+// LogValue is String, for logs.
+func (k KeyName) LogValue() slog.Value { return slog.StringValue(k.String()) }
+
+// KeySource finds keys by name. It returns only keys that may be used now; its error says why another may not. It must not block for longer
 // than a local look-up.
 type KeySource interface {
-	Key(ctx context.Context, id string) (Signer, error)
+	Key(ctx context.Context, name KeyName) (Signer, error)
 }
 
 // Config is what an Engine needs. Fields without a default are mandatory.
@@ -45,8 +56,11 @@ type Config struct {
 	Journal  *journal.Journal // open, and owned by this node alone; mandatory, since no record means no signature (I10)
 	Lane     *db.Lane         // this incarnation's change-log lane
 	Keys     KeySource        //
+	MACKeys  *db.MACKeys      // shared by all CA nodes: what another wrote is signed only if one of these keys authenticates it
 	Profiles *Profiles        //
+	WeakKeys *weakkey.List    // subject keys that are known to be weak; may be nil
 	Epoch    uint64           // site epoch read at start; never refreshed
+	Rounds   *Rounds          // nil: this process takes no part in recovery rounds, as before there are any CA nodes
 	BaseURL  string           // http://host[:port] for AIA, CDP and OCSP addresses, without a trailing slash
 
 	MaxBatch int           // most certificates in one batch; default 64
@@ -54,12 +68,19 @@ type Config struct {
 	Linger   time.Duration // longest wait of those who waited for a batch for those whom it has answered; default 10ms
 	InFlight int           // batches under way at once; default 2: more make smaller batches, and all of them meet at the lane
 
+	Places      int // requests worked on at once; default 256
+	Waiting     int // most requests that wait for a place; default 1024
+	WaitingEach int // most requests of one caller that wait for a place; default 256
+
 	SignTimeout  time.Duration // for one SignBatch; default 2s
 	BatchTimeout time.Duration // for all database work of one batch; default 10s
 	OwnerWait    time.Duration // how long another node's open intent is left to it when a repeat arrives; default 250ms
 	SweepEvery   time.Duration // how often open intents are looked for; default 2s
 	SweepAge     time.Duration // how old an open intent must be to be finished by the sweeper; default 10s
 	RefreshEvery time.Duration // how often authorities are re-read; default 2s
+	ClockEvery   time.Duration // how often clocks are compared; default 1s
+
+	Clocks PeerClocks // whose clocks this node's must agree with to within a second, or it signs nothing; nil: it is believed
 
 	Now     func() time.Time      // default time.Now
 	Rand    io.Reader             // default crypto/rand.Reader
@@ -79,6 +100,7 @@ func (c *Config) setDefaults() error {
 	need(c.Journal != nil, "Journal")
 	need(c.Lane != nil, "Lane")
 	need(c.Keys != nil, "Keys")
+	need(c.MACKeys != nil, "MACKeys")
 	need(c.Profiles != nil, "Profiles")
 	need(c.BaseURL != "", "BaseURL")
 	if missing != nil {
@@ -88,12 +110,16 @@ func (c *Config) setDefaults() error {
 	setDefault(&c.Collect, 50*time.Millisecond)
 	setDefault(&c.Linger, 10*time.Millisecond)
 	setDefault(&c.InFlight, 2)
+	setDefault(&c.Places, 256)
+	setDefault(&c.Waiting, 1024)
+	setDefault(&c.WaitingEach, 256)
 	setDefault(&c.SignTimeout, 2*time.Second)
 	setDefault(&c.BatchTimeout, 10*time.Second)
 	setDefault(&c.OwnerWait, 250*time.Millisecond)
 	setDefault(&c.SweepEvery, 2*time.Second)
 	setDefault(&c.SweepAge, 10*time.Second)
 	setDefault(&c.RefreshEvery, 2*time.Second)
+	setDefault(&c.ClockEvery, time.Second)
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -135,7 +161,7 @@ type SAN struct{ Type, Value string }
 // Draft asks for a certificate whose contents the caller has built: of a CA or of an OCSP responder. The engine sets the serial.
 type Draft struct {
 	Issuer    string            // generation that signs
-	SelfKey   string            // key id, for a self-signed root whose generation is not known yet; else empty
+	SelfKey   KeyName           // for a self-signed root whose generation is not known yet; else empty
 	Template  *x509.Certificate // subject, validity, extensions
 	PublicKey crypto.PublicKey  // of the certificate; for a root that of SelfKey
 
@@ -174,7 +200,10 @@ type Engine struct {
 	linter      *linter
 	drafter     *drafter
 	metrics     *metrics
+	clock       *clockGuard
 	authorities atomic.Pointer[Authorities]
+
+	admission *admission // of requests, before anything is done for them
 
 	queue   chan *job      // from callers to the collector; unbuffered, so that nothing is left in it at the end
 	stopped chan struct{}  // closed when the collector takes nothing more
@@ -193,6 +222,7 @@ type record interface {
 	ReadBack(ctx context.Context, except string, reqs [][]byte) (rows []db.Issued, node string, err error)
 	Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error)
 	OpenIntents(ctx context.Context, olderThan time.Duration, limit int) ([]db.Intent, error)
+	Blocked(ctx context.Context, except string, spkis ...[]byte) ([]db.BlockedKey, error)
 	Generations(ctx context.Context) ([]db.Generation, error)
 	Ready() error
 }
@@ -202,7 +232,7 @@ type lane interface {
 	Append(ctx context.Context, facts []db.Fact) ([]db.Appended, error)
 }
 
-// journalWriter is what the engine writes to, in the contract of *journal.Journal: an error is final.
+// journalWriter is what the engine writes to, in the contract of *journal.Journal: an error other than ErrFull is final.
 type journalWriter interface {
 	Append(records ...journal.Record) error
 	Failed() <-chan struct{}
@@ -213,7 +243,8 @@ func New(cfg Config) (*Engine, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
-	m, err := newMetrics(cfg.Metrics)
+	admission := newAdmission(cfg.Places, cfg.Waiting, cfg.WaitingEach)
+	m, err := newMetrics(cfg.Metrics, admission)
 	if err != nil {
 		return nil, err
 	}
@@ -222,12 +253,15 @@ func New(cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		cfg: cfg, record: cfg.Store, lane: cfg.Lane, log: cfg.Journal,
-		linter: newLinter(), drafter: d, metrics: m,
+		cfg: cfg, record: cfg.Store, lane: cfg.Rounds.lane(cfg.Lane), log: cfg.Journal,
+		linter: newLinter(), drafter: d, metrics: m, clock: newClockGuard(cfg.Clocks, cfg.Now, m.clock), admission: admission,
 		queue: make(chan *job), stopped: make(chan struct{}), dead: make(chan error, 1),
 		inflight: make(map[[32]byte]*job), unready: errStarting,
 	}
 	e.authorities.Store(&Authorities{})
+	if r := cfg.Rounds; r != nil {
+		r.settle = e.settleOpen
+	}
 	return e, nil
 }
 
@@ -247,6 +281,8 @@ func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { e.refreshLoop(ctx) })
 	wg.Go(func() { e.sweepLoop(ctx) })
+	e.clock.measure(ctx) // before anything is admitted
+	wg.Go(func() { e.clockLoop(ctx) })
 	collected := make(chan struct{})
 	go func() {
 		defer close(collected)
@@ -357,7 +393,7 @@ func (e *Engine) Health(ctx context.Context) map[string]error {
 		}
 		current, err := snapshot.Issuing(a.CA, now)
 		if err == nil {
-			_, err = e.cfg.Keys.Key(ctx, current.KeyID)
+			_, err = e.cfg.Keys.Key(ctx, current.Key())
 		}
 		health[name] = err
 	}

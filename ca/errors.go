@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"trivet/db"
+	"trivet/journal"
 )
 
 // Names of the errors of this package, as in the type of an RFC 9457 problem without its prefix. They are stable.
@@ -22,8 +23,10 @@ const (
 	RequestInProgress     = "request-in-progress"
 	RequestAbandoned      = "request-abandoned"
 	TooLarge              = "too-large"
+	RateLimited           = "rate-limited"
 	IdempotencyMismatch   = "idempotency-mismatch"
 	WeakKey               = "weak-key"
+	BlockedKey            = "blocked-key"
 	KeyNotPermitted       = "key-not-permitted"
 	NameNotPermitted      = "name-not-permitted"
 	ExtensionNotPermitted = "extension-not-permitted"
@@ -35,6 +38,7 @@ const (
 	JournalUnavailable    = "journal-unavailable"
 	OutcomeUnknown        = "outcome-unknown"
 	Halted                = "halted"
+	Overloaded            = "overloaded"
 )
 
 // What Retry-After says: long enough for a database or HSM failover, and long enough for operators.
@@ -90,6 +94,17 @@ func refuse(name, field, format string, args ...any) *Error {
 // unavailable is an error that a repeat may cure.
 func unavailable(name string, err error, format string, args ...any) *Error {
 	return &Error{Name: name, Detail: fmt.Sprintf(format, args...), RetryAfter: retrySoon, Err: err}
+}
+
+// JournalError says what a failed append means to a client. A full disk passes only when somebody makes room; after any other failure the process ends,
+// and other nodes go on.
+func JournalError(err error, format string, args ...any) *Error {
+	e := unavailable(JournalUnavailable, err, format, args...)
+	if errors.Is(err, journal.ErrFull) {
+		e.Detail += "; its disk is full"
+		e.RetryAfter = retryLater
+	}
+	return e
 }
 
 // databaseError says what a failed call of db means to a client: an ambiguous one leaves the outcome open, any other did nothing.

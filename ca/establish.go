@@ -135,9 +135,9 @@ type foundation struct {
 
 // raise brings one generation into being, step by step; each step looks first whether it was done.
 func (f *foundation) raise(ctx context.Context, g, above GenerationSpec) error {
-	key, err := f.e.cfg.Keys.Key(ctx, g.KeyID)
+	key, err := f.e.cfg.Keys.Key(ctx, KeyName{g.KeyGroup, g.KeyID})
 	if err != nil {
-		return fmt.Errorf("finding key %s: %w", g.KeyID, err)
+		return fmt.Errorf("finding key %s of group %s: %w", g.KeyID, g.KeyGroup, err)
 	}
 	pub := key.Public()
 	row, err := f.generation(ctx, g, above, pub)
@@ -226,7 +226,7 @@ func (f *foundation) certify(ctx context.Context, g, above GenerationSpec, pub c
 	}
 	d := Draft{Issuer: above.Issuer(), Template: template, PublicKey: pub, Requester: f.requester}
 	if g.Issuer() == above.Issuer() {
-		d.SelfKey, d.Profile = g.KeyID, profileRootCA
+		d.SelfKey, d.Profile = KeyName{g.KeyGroup, g.KeyID}, profileRootCA
 		template.AuthorityKeyId = keyID // its own: optional in a root, and path builders find it quicker
 	} else {
 		parent, ok := f.e.Authorities().Issuer(above.Issuer())

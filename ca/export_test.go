@@ -2,15 +2,14 @@ package ca
 
 import (
 	"context"
-	"crypto/rsa"
+	"crypto/x509"
 	"time"
 
 	"trivet/db"
 )
 
-// CheckDNS and CheckRSA are what names and keys are judged by.
+// CheckDNS is what names are judged by.
 func CheckDNS(name string, wildcard bool) error { return checkDNS(name, wildcard) }
-func CheckRSA(key *rsa.PublicKey) error         { return checkRSA(key) }
 
 // NewSerial makes a serial.
 var NewSerial = newSerial
@@ -24,7 +23,7 @@ func (p *Profile) Permit(r Request) (commonName string, dns []string, err error)
 	if err != nil {
 		return "", nil, err
 	}
-	v, err := p.permitRequest(&r, c)
+	v, err := p.permitRequest(&r, c, nil)
 	return v.names.commonName, v.names.dns, err
 }
 
@@ -37,13 +36,46 @@ func BodyHash(r Request) [32]byte {
 	return bodyHash(&r, c.Raw)
 }
 
+// CheckLint judges a draft as the rules of a profile say.
+func CheckLint(der []byte, rules Lint, now time.Time) error { return drafts.check(der, rules, now) }
+
+// Misencode compares what a request is permitted with a draft of something else.
+func (p *Profile) Misencode(r Request, a *Authority, change func(*x509.Certificate)) error {
+	c, err := parseCSR(r.CSR)
+	if err != nil {
+		return err
+	}
+	v, err := p.permitRequest(&r, c, nil)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	if v.notBefore, v.notAfter, err = p.validity(a, now, nil); err != nil {
+		return err
+	}
+	if v.serial, err = newSerial(now, rand0{}); err != nil {
+		return err
+	}
+	t, err := p.template(a, "http://pki.example.org", v)
+	if err != nil {
+		return err
+	}
+	lie := *t
+	change(&lie)
+	der, _, err := throwaway.draft(&lie, parentOf(a), v.key)
+	if err != nil {
+		return err
+	}
+	return v.agree(der, t, parentOf(a))
+}
+
 // Draft makes the draft of a certificate under a throwaway signature, linted, as Issue does before anything is recorded.
 func (p *Profile) Draft(r Request, a *Authority, now time.Time) ([]byte, error) {
 	c, err := parseCSR(r.CSR)
 	if err != nil {
 		return nil, err
 	}
-	v, err := p.permitRequest(&r, c)
+	v, err := p.permitRequest(&r, c, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -61,7 +93,7 @@ func (p *Profile) Draft(r Request, a *Authority, now time.Time) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	return der, drafts.check(der, p.Lint)
+	return der, drafts.check(der, p.Lint, now)
 }
 
 var (
@@ -119,4 +151,26 @@ func (e *Engine) InFlight() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return len(e.inflight)
+}
+
+// MedianOffset is how clocks are judged.
+var MedianOffset = medianOffset
+
+// SPKIOf finds the public key in a TBSCertificate.
+var SPKIOf = spkiOf
+
+// PermitStored judges what a TBSCertificate, as the database might hold it, asks for.
+func (p *Profile) PermitStored(tbs []byte, a *Authority) error {
+	der, err := throwaway.dress(tbs, parentOf(a))
+	if err != nil {
+		return err
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return err
+	}
+	if _, err = p.checkKey(cert.PublicKey, nil); err == nil {
+		_, err = p.permit(asked{commonName: cert.Subject.CommonName, dns: cert.DNSNames}, "")
+	}
+	return err
 }

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	zx509 "github.com/zmap/zcrypto/x509"
 	_ "github.com/zmap/zlint/v3" // registers the lints
@@ -50,8 +51,12 @@ func (l *linter) selection(rules Lint) (selection, error) {
 	return s, nil
 }
 
-// check lints a draft, a whole DER certificate under a throwaway signature, and refuses it on any finding of grade error.
-func (l *linter) check(der []byte, rules Lint) error {
+// grades are the least grades of a finding that refuses.
+var grades = map[string]lint.LintStatus{"": lint.Error, "error": lint.Error, "warn": lint.Warn, "notice": lint.Notice}
+
+// check lints a draft, a whole DER certificate under a throwaway signature, and refuses it on any finding of a grade that the rules do not let
+// pass and that no waiver excuses now.
+func (l *linter) check(der []byte, rules Lint, now time.Time) error {
 	s, err := l.selection(rules)
 	if err != nil {
 		return err
@@ -60,9 +65,13 @@ func (l *linter) check(der []byte, rules Lint) error {
 	if err != nil {
 		return refuse(LintFailed, "", "the certificate that would be issued cannot be read back: %v", err)
 	}
+	worst, ok := grades[rules.FailOn]
+	if !ok {
+		worst = lint.Notice
+	}
 	var findings []string
 	for _, one := range s.lints {
-		if r := one.Execute(cert, s.config); r.Status >= lint.Error {
+		if r := one.Execute(cert, s.config); r.Status >= worst && !rules.waived(one.Name, now) {
 			findings = append(findings, strings.TrimSuffix(one.Name+": "+r.Details, ": "))
 		}
 	}
@@ -71,6 +80,11 @@ func (l *linter) check(der []byte, rules Lint) error {
 	}
 	slices.Sort(findings)
 	return refuse(LintFailed, "", "the certificate that would be issued breaks %s", strings.Join(findings, "; "))
+}
+
+// waived tells whether a lint's findings are accepted now.
+func (l *Lint) waived(name string, now time.Time) bool {
+	return slices.ContainsFunc(l.Waivers, func(w Waiver) bool { return w.Lint == name && !w.Until.over(now) })
 }
 
 func knownLint(name string) bool { return lint.GlobalRegistry().ByName(name) != nil }

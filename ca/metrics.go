@@ -15,15 +15,17 @@ type metrics struct {
 	finished *prometheus.CounterVec // intents finished for another request: takeover, sweep, abandoned, recovered
 	bad      prometheus.Counter
 	lost     prometheus.Counter
+	clock    prometheus.Gauge
+	forged   *prometheus.CounterVec // intents that no CA node wrote as they are, by cause: missing, forged, foreign-key
 }
 
-func newMetrics(registry prometheus.Registerer) (*metrics, error) {
+func newMetrics(registry prometheus.Registerer, a *admission) (*metrics, error) {
 	fine := []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 	m := &metrics{
 		requests: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "trivet_ca_request_seconds", Help: "Time to answer a request for a certificate, by outcome.", Buckets: fine}, []string{"outcome"}),
 		stages: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "trivet_ca_stage_seconds", Help: "Time a batch spends in a stage of the issuing pipeline.", Buckets: fine}, []string{"stage"}),
+			Name: "trivet_ca_stage_seconds", Help: "Time in a stage of the issuing pipeline: of a request (wait, check, build, queue) or of a batch (intent, sign, outcome, release).", Buckets: fine}, []string{"stage"}),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "trivet_ca_batch_certificates", Help: "Certificates in a batch.", Buckets: []float64{1, 2, 4, 8, 16, 32, 64}}),
 		finished: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -32,11 +34,22 @@ func newMetrics(registry prometheus.Registerer) (*metrics, error) {
 			Name: "trivet_ca_bad_signatures_total", Help: "Signatures that did not verify and were thrown away."}),
 		lost: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "trivet_ca_record_lost_total", Help: "Rows that had been committed and were not there when read back."}),
+		clock: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "trivet_ca_clock_offset_seconds", Help: "By how much this node's clock is ahead of the middle one of the database nodes' for certain; beyond 1 or -1 nothing is signed."}),
+		forged: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "trivet_ca_forged_intents_total", Help: "Intents in the database that were not signed because their MAC does not hold, by cause."}, []string{"cause"}),
+	}
+	for _, cause := range []string{causeMissing, causeForged, causeForeign} {
+		m.forged.WithLabelValues(cause) // shown as 0 from the start, so that an alert sees the first one
 	}
 	if registry == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.stages, m.batch, m.finished, m.bad, m.lost} {
+	working := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "trivet_ca_requests_working", Help: "Requests for certificates that are worked on."}, func() float64 { n, _ := a.depth(); return float64(n) })
+	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "trivet_ca_requests_waiting", Help: "Requests for certificates that wait for their turn."}, func() float64 { _, n := a.depth(); return float64(n) })
+	for _, c := range []prometheus.Collector{m.requests, m.stages, m.batch, m.finished, m.bad, m.lost, m.clock, m.forged, working, waiting} {
 		if err := registry.Register(c); err != nil {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
 
 	"golang.org/x/net/idna"
 )
@@ -85,6 +86,51 @@ func checkLabel(label string) error {
 	return nil
 }
 
+// scripts that are written together in one language (UTS 39, "highly restrictive"). Every other label has letters of one script.
+var togetherScripts = [][]string{
+	{"Latin", "Han", "Hiragana", "Katakana"},
+	{"Latin", "Han", "Bopomofo"},
+	{"Latin", "Han", "Hangul"},
+}
+
+// checkScripts refuses a name with a label whose letters are of scripts that no language mixes: it is made to be taken for another. The name
+// has passed checkDNS. Letters of one foreign script that look like another's are not recognised.
+func checkScripts(name string) error {
+	for label := range strings.SplitSeq(name, ".") {
+		if !strings.HasPrefix(label, "xn--") {
+			continue
+		}
+		u, err := registration.ToUnicode(label)
+		if err != nil {
+			return fmt.Errorf("label %q is not a valid A-label: %w", label, err)
+		}
+		if found := scriptsOf(u); len(found) > 1 && !slices.ContainsFunc(togetherScripts, func(set []string) bool {
+			return !slices.ContainsFunc(found, func(s string) bool { return !slices.Contains(set, s) })
+		}) {
+			return fmt.Errorf("label %q mixes letters of %s: it could be taken for another name", label, strings.Join(found, " and "))
+		}
+	}
+	return nil
+}
+
+// scriptsOf names the scripts of a text's characters, sorted; what all scripts share counts as none.
+func scriptsOf(text string) []string {
+	var found []string
+	for _, r := range text {
+		if unicode.In(r, unicode.Common, unicode.Inherited) || slices.ContainsFunc(found, func(s string) bool { return unicode.Is(unicode.Scripts[s], r) }) {
+			continue
+		}
+		for name, table := range unicode.Scripts {
+			if unicode.Is(table, r) {
+				found = append(found, name)
+				break
+			}
+		}
+	}
+	slices.Sort(found)
+	return found
+}
+
 // registration maps nothing: what it accepts is what a registry would register.
 var registration = idna.New(idna.ValidateForRegistration(), idna.BidiRule(), idna.StrictDomainName(true))
 
@@ -124,6 +170,11 @@ func (p *Profile) permit(a asked, field string) (names, error) {
 	for _, name := range a.dns {
 		if err := checkDNS(name, rule.Wildcard); err != nil {
 			return names{}, refuse(NameNotPermitted, sanField, "%q: %v", name, err)
+		}
+		if !rule.MixedScripts {
+			if err := checkScripts(name); err != nil {
+				return names{}, refuse(NameNotPermitted, sanField, "%q: %v", name, err)
+			}
 		}
 		if !under(name, rule.Under) {
 			return names{}, refuse(NameNotPermitted, sanField, "%q is outside the domains that profile %s permits", name, p.Name)

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"trivet/ca"
+	"trivet/ca/catest"
 	"trivet/db"
 	"trivet/db/dbtest"
 	"trivet/journal"
@@ -42,12 +43,12 @@ func (k *keys) add(t fataler, id string) *ecdsa.PrivateKey {
 	return key
 }
 
-func (k *keys) Key(_ context.Context, id string) (ca.Signer, error) {
+func (k *keys) Key(_ context.Context, name ca.KeyName) (ca.Signer, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	key, ok := k.byID[id]
+	key, ok := k.byID[name.ID]
 	if !ok {
-		return nil, fmt.Errorf("no key %q", id)
+		return nil, fmt.Errorf("no key %s", name)
 	}
 	return &hsmKey{keys: k, PrivateKey: key}, nil
 }
@@ -185,7 +186,7 @@ func (p *pki) make(t testing.TB, name, dir string, prepare func(*ca.Config) func
 		t.Fatal(err)
 	}
 	cfg := ca.Config{
-		Node: name, Store: n.store, Journal: n.journal, Lane: lane, Keys: p.keys, Profiles: profiles, Epoch: 1, BaseURL: "http://pki.example.org",
+		Node: name, Store: n.store, Journal: n.journal, Lane: lane, Keys: p.keys, MACKeys: catest.MACKeys(t), Profiles: profiles, Epoch: 1, BaseURL: "http://pki.example.org",
 		SweepEvery: time.Hour, SweepAge: time.Millisecond, Log: slog.New(slog.DiscardHandler),
 	}
 	after := func(*ca.Engine) {}

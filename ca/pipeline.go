@@ -11,6 +11,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"trivet/ca/weakkey"
 	"trivet/db"
 )
 
@@ -22,8 +23,10 @@ type job struct {
 	intent    db.Intent             // the row to insert; once adopted, the row found
 	adopted   bool                  // intent was in the database already
 	attempts  int                   // times that rows of it were not there when read back
+	checked   [32]byte              // SHA-256 of the TBSCertificate that passed every check: no other is signed
 	digest    []byte                // of the TBSCertificate; set by the batch under way
 	der       []byte                // the certificate as signed by it: a proposal until the row says the same
+	submitted time.Time             // when it was handed to the collector
 	notAfter  time.Time             // of that certificate
 
 	done   chan struct{} // closed by finish
@@ -34,7 +37,7 @@ type job struct {
 // issuer is who signs a job.
 type issuer struct {
 	name  string
-	keyID string
+	keyID KeyName
 	key   crypto.PublicKey
 }
 
@@ -55,6 +58,12 @@ func (e *Engine) issue(ctx context.Context, r *Request) (*Issued, error) {
 	if err := e.admit(); err != nil {
 		return nil, err
 	}
+	leave, err := e.enter(ctx, r.Principal)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	at := time.Now()
 	if err := r.check(); err != nil {
 		return nil, err
 	}
@@ -71,13 +80,14 @@ func (e *Engine) issue(ctx context.Context, r *Request) (*Issued, error) {
 	if err != nil {
 		return nil, err
 	}
-	v, err := p.permitRequest(r, c)
+	v, err := p.permitRequest(r, c, e.cfg.WeakKeys)
 	if err != nil {
 		return nil, err
 	}
 	if e.isOwnKey(c.RawSubjectPublicKeyInfo) {
 		return nil, refuse(KeyNotPermitted, "csr.public_key", "the key is a CA's own: make one for this certificate")
 	}
+	at = e.metrics.stage("check", at)
 	req, body := requestKey(r.Principal, r.IdempotencyKey), bodyHash(r, c.Raw)
 	hash := p.Hash()
 	j := &job{
@@ -88,7 +98,7 @@ func (e *Engine) issue(ctx context.Context, r *Request) (*Issued, error) {
 			Requester: r.Principal, Reference: r.Reference,
 			SiteEpoch: e.cfg.Epoch, Node: e.cfg.Node, Created: now.UTC(),
 		},
-		issuer:  issuer{a.Issuer, a.KeyID, a.Certificate.PublicKey},
+		issuer:  issuer{a.Issuer, a.Key(), a.Certificate.PublicKey},
 		recheck: e.recheck,
 	}
 	return e.run(ctx, j, func() error {
@@ -102,8 +112,13 @@ func (e *Engine) issue(ctx context.Context, r *Request) (*Issued, error) {
 		if err != nil {
 			return err
 		}
-		j.intent.Serial, j.intent.TBS = v.serial, tbs
-		return e.linter.check(der, p.Lint)
+		j.intent.Serial, j.intent.TBS, j.intent.Key = v.serial, tbs, keyHash(c.RawSubjectPublicKeyInfo)
+		if err := e.linter.check(der, p.Lint, now); err != nil {
+			return err
+		}
+		j.pass(tbs)
+		e.metrics.stage("build", at)
+		return nil
 	})
 }
 
@@ -113,13 +128,17 @@ func (e *Engine) draft(p *Profile, a *Authority, v values) (der, tbs []byte, err
 	if err != nil {
 		return nil, nil, err
 	}
-	return e.drafter.draft(t, parentOf(a), v.key)
+	der, tbs, err = e.drafter.draft(t, parentOf(a), v.key)
+	if err != nil {
+		return nil, nil, err
+	}
+	return der, tbs, v.agree(der, t, parentOf(a))
 }
 
 // permitRequest turns everything that CSR and request ask for into permitted values; serial and validity are still to be set.
-func (p *Profile) permitRequest(r *Request, c *csr) (values, error) {
+func (p *Profile) permitRequest(r *Request, c *csr, known *weakkey.List) (values, error) {
 	var v values
-	kind, err := p.checkKey(c.PublicKey)
+	kind, err := p.checkKey(c.PublicKey, known)
 	if err != nil {
 		return v, err
 	}
@@ -234,14 +253,22 @@ func (e *Engine) issueDraft(ctx context.Context, d *Draft) (*Issued, error) {
 		if err != nil {
 			return err
 		}
-		j.intent.Serial, j.intent.TBS = serial, tbs
-		return e.linter.check(der, Lint{Policy: "private"})
+		key, err := spkiOf(tbs)
+		if err != nil {
+			return err
+		}
+		j.intent.Serial, j.intent.TBS, j.intent.Key = serial, tbs, keyHash(key)
+		if err := e.linter.check(der, Lint{Policy: "private"}, now); err != nil {
+			return err
+		}
+		j.pass(tbs)
+		return nil
 	})
 }
 
 // draftIssuer finds who signs a draft: a known generation, or for a new root the draft itself.
 func (e *Engine) draftIssuer(d *Draft) (parent, issuer, error) {
-	if d.SelfKey != "" {
+	if d.SelfKey != (KeyName{}) {
 		subject := d.Template.RawSubject
 		if len(subject) == 0 {
 			var err error
@@ -263,7 +290,7 @@ func (e *Engine) draftIssuer(d *Draft) (parent, issuer, error) {
 		return parent{}, issuer{}, refuse(ValidityNotPermitted, "not_after", "%s is after the end of %s at %s", d.Template.NotAfter.UTC().Format(time.RFC3339),
 			a.Issuer, end.UTC().Format(time.RFC3339))
 	}
-	return parentOf(a), issuer{a.Issuer, a.KeyID, a.Certificate.PublicKey}, nil
+	return parentOf(a), issuer{a.Issuer, a.Key(), a.Certificate.PublicKey}, nil
 }
 
 // buildDraft makes a caller's draft into a certificate under a throwaway signature.
@@ -289,7 +316,10 @@ func (e *Engine) admit() error {
 	if e.unready != nil {
 		return unavailable(Halted, nil, "this node is %v", e.unready)
 	}
-	return nil
+	if err := e.clockError(); err != nil {
+		return err
+	}
+	return e.cfg.Rounds.err()
 }
 
 // run takes a job through the pipeline, or joins the one that is under way under the same request key. build fills in serial and TBS; it
@@ -300,6 +330,9 @@ func (e *Engine) run(ctx context.Context, j *job, build func() error) (*Issued, 
 			return nil, mismatch()
 		}
 		issued, err := e.wait(ctx, first)
+		if err != nil && ctx.Err() != nil {
+			return nil, unavailable(RequestInProgress, err, "an earlier request with this Idempotency-Key is still being worked on: repeat this one in a moment")
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -352,6 +385,7 @@ func (e *Engine) join(j *job) *job {
 
 // submit hands a job to the collector. If the caller's time is up before a batch has room, nothing was begun.
 func (e *Engine) submit(ctx context.Context, j *job) {
+	j.submitted = time.Now()
 	select {
 	case e.queue <- j:
 	case <-ctx.Done():

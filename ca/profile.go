@@ -83,6 +83,10 @@ type DNS struct {
 	Max      int      `yaml:"max" json:"max"`           // at most 100
 	Under    []string `yaml:"under" json:"under"`       // the domains themselves and names below them; empty: any domain
 	Wildcard bool     `yaml:"wildcard" json:"wildcard"` // whether "*" may be the whole left label
+
+	// MixedScripts permits internationalised labels whose letters are of several scripts, such as a Cyrillic а among Latin letters. Those that
+	// are usual in one language, as in Japanese, are always permitted.
+	MixedScripts bool `yaml:"mixed_scripts" json:"mixed_scripts,omitempty"`
 }
 
 // Extensions lists what certificates of the profile carry beside names and identifiers.
@@ -98,11 +102,39 @@ type Revocable struct {
 	Hold bool   `yaml:"hold" json:"hold"` // whether certificateHold is permitted
 }
 
-// Lint says how strictly drafts are checked before they are signed; every finding of grade error refuses.
+// Lint says how strictly drafts are checked before they are signed.
 type Lint struct {
-	Policy string   `yaml:"policy" json:"policy"` // private (RFC lints) or br (those of the Baseline Requirements too)
-	Skip   []string `yaml:"skip" json:"skip"`     // names of lints to leave out
+	Policy  string   `yaml:"policy" json:"policy"`             // private (RFC lints) or br (those of the Baseline Requirements too)
+	FailOn  string   `yaml:"fail_on" json:"fail_on,omitempty"` // the least grade of a finding that refuses: error (if empty), warn or notice
+	Skip    []string `yaml:"skip" json:"skip"`                 // names of lints that do not apply to these certificates, ever
+	Waivers []Waiver `yaml:"waivers" json:"waivers,omitempty"` // findings that are accepted for a time
 }
+
+// Waiver accepts the findings of one lint until a date. A profile whose waiver is out of date cannot be loaded, and the lint counts again from
+// that date on where it is loaded already.
+type Waiver struct {
+	Lint   string `yaml:"lint" json:"lint"`
+	Reason string `yaml:"reason" json:"reason"` // why it is accepted, for auditors
+	Until  Date   `yaml:"until" json:"until"`   // the last day, in UTC
+}
+
+// Date is a day, written 2027-01-31.
+type Date struct{ time.Time }
+
+// UnmarshalYAML reads 2027-01-31.
+func (d *Date) UnmarshalYAML(b []byte) (err error) {
+	s := strings.Trim(strings.TrimSpace(string(b)), `"'`)
+	if d.Time, err = time.Parse(time.DateOnly, s); err != nil {
+		return fmt.Errorf("date %q: want a day such as 2027-01-31", s)
+	}
+	return nil
+}
+
+// MarshalText writes what UnmarshalYAML reads.
+func (d Date) MarshalText() ([]byte, error) { return []byte(d.Format(time.DateOnly)), nil }
+
+// over tells whether the day has passed.
+func (d Date) over(now time.Time) bool { return !now.Before(d.AddDate(0, 0, 1)) }
 
 // Lifetime is a duration that is written in whole days ("90d") or as Go does ("5m").
 type Lifetime time.Duration
@@ -235,8 +267,11 @@ func readProfiles(dir fs.FS) (*Profiles, error) {
 	return NewProfiles(all...)
 }
 
-// ParseProfile reads one profile. Unknown fields are refused, with line and column, as are values that could not be honoured.
-func ParseProfile(text []byte) (*Profile, error) {
+// ParseProfile reads one profile that is to be used from now on. Unknown fields are refused, with line and column, as are values that could
+// not be honoured, and waivers that are out of date.
+func ParseProfile(text []byte) (*Profile, error) { return parseProfile(text, time.Now()) }
+
+func parseProfile(text []byte, now time.Time) (*Profile, error) {
 	p := new(Profile)
 	dec := yaml.NewDecoder(bytes.NewReader(text), yaml.Strict())
 	if err := dec.Decode(p); err != nil {
@@ -251,7 +286,7 @@ func ParseProfile(text []byte) (*Profile, error) {
 	setDefault(&p.Names.CommonName, "first-dns")
 	setDefault(&p.Revocation.Mode, "crl+ocsp")
 	setDefault(&p.Lint.Policy, "private")
-	if err := p.validate(); err != nil {
+	if err := p.validate(now); err != nil {
 		return nil, err
 	}
 	canonical, err := json.Marshal(p)
@@ -264,7 +299,7 @@ func ParseProfile(text []byte) (*Profile, error) {
 
 var profileName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,63}$`)
 
-func (p *Profile) validate() error {
+func (p *Profile) validate(now time.Time) error {
 	var bad []error
 	check := func(ok bool, format string, args ...any) {
 		if !ok {
@@ -322,8 +357,19 @@ func (p *Profile) validate() error {
 	check(slices.Contains([]string{"crl+ocsp", "crl", "ocsp"}, p.Revocation.Mode), "revocation.mode %q: want crl+ocsp, crl or ocsp", p.Revocation.Mode)
 	check(p.Lint.Policy == "private" || p.Lint.Policy == "br", "lint.policy %q: want private or br", p.Lint.Policy)
 	check(p.Lint.Policy != "br" || !p.Revocation.Hold, "revocation.hold: never under lint.policy br")
+	check(slices.Contains([]string{"", "error", "warn", "notice"}, p.Lint.FailOn), "lint.fail_on %q: want error, warn or notice", p.Lint.FailOn)
 	for _, name := range p.Lint.Skip {
 		check(knownLint(name), "lint.skip %q: no such lint", name)
+	}
+	seen := map[string]bool{}
+	for i, w := range p.Lint.Waivers {
+		check(knownLint(w.Lint), "lint.waivers[%d].lint %q: no such lint", i, w.Lint)
+		check(!seen[w.Lint] && !slices.Contains(p.Lint.Skip, w.Lint), "lint.waivers[%d].lint %q: it is waived or skipped already", i, w.Lint)
+		check(strings.TrimSpace(w.Reason) != "" && len(w.Reason) <= 255, "lint.waivers[%d].reason: say why, in at most 255 octets", i)
+		check(!w.Until.IsZero(), "lint.waivers[%d].until is missing", i)
+		check(w.Until.IsZero() || !w.Until.over(now), "lint.waivers[%d]: the waiver of %s ended on %s: mend what it excuses, or decide anew in a new version of the profile",
+			i, w.Lint, w.Until.Format(time.DateOnly))
+		seen[w.Lint] = true
 	}
 	return errors.Join(bad...)
 }

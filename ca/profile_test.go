@@ -38,6 +38,13 @@ func TestProfilesAreDecodedStrictly(t *testing.T) {
 		"no EC key usage":          {"key_usage: {ec: [digitalSignature], ", "key_usage: {", "key_usage.ec"},
 		"unknown ext_key_usage":    {"[serverAuth]", "[ocspSigning]", "ocspSigning"},
 		"unknown lint":             {"skip: []", "skip: [e_no_such]", "e_no_such"},
+		"unknown grade":            {"skip: []", "skip: [], fail_on: fatal", "fail_on"},
+		"unknown waived lint":      {"skip: []", "skip: [], waivers: [{lint: e_no_such, reason: x, until: 2999-01-01}]", "e_no_such"},
+		"waiver without reason":    {"skip: []", "skip: [], waivers: [{lint: e_dnsname_not_valid_tld, until: 2999-01-01}]", "reason"},
+		"waiver without end":       {"skip: []", "skip: [], waivers: [{lint: e_dnsname_not_valid_tld, reason: x}]", "until"},
+		"waiver out of date":       {"skip: []", "skip: [], waivers: [{lint: e_dnsname_not_valid_tld, reason: x, until: 2026-01-31}]", "e_dnsname_not_valid_tld ended on 2026-01-31"},
+		"waiver of a skipped lint": {"skip: []", "skip: [e_dnsname_not_valid_tld], waivers: [{lint: e_dnsname_not_valid_tld, reason: x, until: 2999-01-01}]", "already"},
+		"waiver of no day":         {"skip: []", "skip: [], waivers: [{lint: e_dnsname_not_valid_tld, reason: x, until: soon}]", "soon"},
 		"hold under br":            {"lint: {policy: private", "lint: {policy: br", ""},
 		"unknown source":           {"source: csr", "source: dns", "source"},
 		"second document":          {"lint:", "---\nlint:", "one document"},
@@ -57,6 +64,69 @@ func TestProfilesAreDecodedStrictly(t *testing.T) {
 				t.Fatalf("got %v, want an error with %q", err, c.want)
 			}
 		})
+	}
+}
+
+// The gate of a profile: which findings refuse, and which are excused until when.
+func TestFindingsRefuseByGradeUnlessTheyAreWaived(t *testing.T) {
+	const strict = "lint: {policy: br, skip: [e_sub_cert_certificate_policies_missing, e_sub_cert_cert_policy_empty, w_subject_common_name_included]"
+	const waiver = ", waivers: [{lint: w_ext_subject_key_identifier_not_recommended_subscriber, reason: old clients, until: 2999-01-31}]"
+	a, _ := authority(t, 200*24*time.Hour)
+	der, err := profile(t).Draft(request(makeCSRFor(t, newKey(t), "", []string{"www.example.org"})), a, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := time.Date(2999, 1, 31, 23, 59, 59, 0, time.UTC)
+	for name, c := range map[string]struct {
+		lint string
+		now  time.Time
+		want string
+	}{
+		"a warning passes":                    {strict + "}", time.Now(), ""},
+		"a warning counts":                    {strict + ", fail_on: warn}", time.Now(), "w_ext_subject_key_identifier"},
+		"a notice and above":                  {strict + ", fail_on: notice}", time.Now(), "w_ext_subject_key_identifier"},
+		"a waived warning passes":             {strict + ", fail_on: warn" + waiver + "}", time.Now(), ""},
+		"on the waiver's last day":            {strict + ", fail_on: warn" + waiver + "}", last, ""},
+		"after the waiver's last day":         {strict + ", fail_on: warn" + waiver + "}", last.Add(time.Second), "w_ext_subject_key_identifier"},
+		"a waiver excuses no other":           {strict + ", fail_on: warn, waivers: [{lint: e_dnsname_not_valid_tld, reason: x, until: 2999-01-31}]}", time.Now(), "w_ext_subject_key_identifier"},
+		"an error refuses whatever the grade": {"lint: {policy: br, skip: []}", time.Now(), "e_sub_cert_cert_policy_empty"},
+	} {
+		p := profile(t, "lint: {policy: private, skip: []}", c.lint)
+		err := ca.CheckLint(der, p.Lint, c.now)
+		switch {
+		case c.want == "" && err != nil:
+			t.Errorf("%s: %v", name, err)
+		case c.want != "" && (ca.NameOf(err) != ca.LintFailed || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%s: got %v, want %s", name, err, c.want)
+		}
+	}
+}
+
+// An encoder that says anything else than it was told is found out.
+func TestADraftIsComparedWithWhatWasPermitted(t *testing.T) {
+	a, _ := authority(t, 200*24*time.Hour)
+	p, r := profile(t), request(makeCSRFor(t, newKey(t), "", []string{"www.example.org", "a.example.org"}))
+	if err := p.Misencode(r, a, func(*x509.Certificate) {}); err != nil {
+		t.Fatalf("a true draft: %v", err)
+	}
+	for what, change := range map[string]func(*x509.Certificate){
+		"DNS names":          func(c *x509.Certificate) { c.DNSNames = append(c.DNSNames, "evil.test") },
+		"other names":        func(c *x509.Certificate) { c.EmailAddresses = []string{"a@example.org"} },
+		"serial":             func(c *x509.Certificate) { c.SerialNumber = big.NewInt(1) },
+		"validity":           func(c *x509.Certificate) { c.NotAfter = c.NotAfter.Add(time.Second) },
+		"subject":            func(c *x509.Certificate) { c.RawSubject = nil; c.Subject.CommonName = "a.example.org" },
+		"key usage":          func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign },
+		"extended key usage": func(c *x509.Certificate) { c.ExtKeyUsage = append(c.ExtKeyUsage, x509.ExtKeyUsageOCSPSigning) },
+		"basic constraints":  func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true },
+		"addresses":          func(c *x509.Certificate) { c.OCSPServer = []string{"http://evil.test/"} },
+		"key identifiers":    func(c *x509.Certificate) { c.SubjectKeyId = []byte{1} },
+		"critical": func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3}, Critical: true, Value: []byte{5, 0}}}
+		},
+	} {
+		if err := p.Misencode(r, a, change); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }
 

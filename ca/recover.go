@@ -13,52 +13,21 @@ import (
 	"trivet/journal"
 )
 
-// tipCheck is how many of the newest released certificates are looked up in the database at start: a database that went back lacks the newest.
-const tipCheck = 64
-
 // tail is what a journal says about certificates whose fate this node does not know.
 type tail struct {
 	open     map[string]journal.Intent // intents without done or void, by certificate id
-	released []journal.Done            // the newest, at most tipCheck
+	released []journal.Done            // the newest: a database that went back lacks these before all others
 }
 
-// readTail reads the whole journal.
+// readTail asks the journal, which keeps it from start to start.
 func readTail(j *journal.Journal) (tail, error) {
-	t := tail{open: make(map[string]journal.Intent)}
-	err := j.Replay(func(entry journal.Entry) error {
-		switch entry.Kind {
-		case journal.KindIntent:
-			var i journal.Intent
-			if err := entry.Decode(&i); err != nil {
-				return err
-			}
-			t.open[i.Issuer+":"+i.Serial] = i
-		case journal.KindVoid:
-			var v journal.Void
-			if err := entry.Decode(&v); err != nil {
-				return err
-			}
-			delete(t.open, v.Issuer+":"+v.Serial)
-		case journal.KindDone:
-			var d journal.Done
-			if err := entry.Decode(&d); err != nil {
-				return err
-			}
-			delete(t.open, d.Issuer+":"+d.Serial)
-			if d.Kind == journal.DoneCert {
-				t.released = append(t.released, d)
-				if len(t.released) >= 2*tipCheck {
-					t.released = append([]journal.Done(nil), t.released[tipCheck:]...)
-				}
-			}
-		}
-		return nil
-	})
+	s, err := j.State()
 	if err != nil {
 		return tail{}, fmt.Errorf("reading the journal: %w", err)
 	}
-	if extra := len(t.released) - tipCheck; extra > 0 {
-		t.released = t.released[extra:]
+	t := tail{open: make(map[string]journal.Intent), released: s.Released}
+	for _, i := range s.Open {
+		t.open[i.Intent.Issuer+":"+i.Intent.Serial] = i.Intent
 	}
 	return t, nil
 }
@@ -67,9 +36,21 @@ func readTail(j *journal.Journal) (tail, error) {
 // inserted and abandoned, so that a late COMMIT of it loses on the key. Open intents that are there are left to repeats and the sweeper.
 // It waits for the database, and fails only if the journal cannot be read or the database lacks what was released.
 func (e *Engine) recover(ctx context.Context) error {
+	if r := e.cfg.Rounds; r != nil {
+		// What this node released and the database lacks is put back first.
+		select {
+		case <-r.Entered():
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	t, err := readTail(e.cfg.Journal)
 	if err != nil {
 		return err
+	}
+	open := len(t.open)
+	if e.cfg.Rounds != nil {
+		t.released = nil // compared already
 	}
 	retry := backoff.NewExponentialBackOff()
 	retry.InitialInterval, retry.MaxInterval = 100*time.Millisecond, 2*time.Second
@@ -83,6 +64,9 @@ func (e *Engine) recover(ctx context.Context) error {
 		}
 		return struct{}{}, nil
 	}, backoff.WithBackOff(retry), backoff.WithMaxElapsedTime(0))
+	if err == nil && open > 0 {
+		err = e.journal(journal.Settled{Intents: open}) // so that the next start need not ask again
+	}
 	return err
 }
 
@@ -121,6 +105,22 @@ func (e *Engine) settle(ctx context.Context, t *tail) error {
 	return nil
 }
 
+// settleOpen buries the intents that were under way when the database went back and lost them: a late COMMIT of one then loses on the key, and
+// responders that had heard of a certificate learn that it counts as revoked. No batch that has any of them may be under way.
+func (e *Engine) settleOpen(ctx context.Context, before time.Time) error {
+	t, err := readTail(e.cfg.Journal)
+	if err != nil {
+		return err
+	}
+	t.released = nil
+	for id, i := range t.open {
+		if !i.Created.Before(before) {
+			delete(t.open, id)
+		}
+	}
+	return e.settle(ctx, &t)
+}
+
 func (e *Engine) find(ctx context.Context, issuer, serial string) (*db.Certificate, error) {
 	octets, err := hex.DecodeString(serial)
 	if err != nil {
@@ -147,7 +147,7 @@ func (e *Engine) bury(ctx context.Context, i journal.Intent) error {
 		Issuer: i.Issuer, Serial: serial, Ver: 1, Body: body, TBS: i.TBS, Profile: i.Profile, ProfileHash: make([]byte, 32),
 		Requester: i.Requester, SiteEpoch: e.cfg.Epoch, Node: e.cfg.Node, Created: e.cfg.Now().UTC(),
 	}
-	if _, _, err := e.record.InsertIntents(ctx, []db.Intent{row}); err != nil {
+	if _, _, err := e.record.InsertIntents(ctx, []db.Intent{e.seal(row)}); err != nil {
 		return fmt.Errorf("inserting the journalled intent %s:%s: %w", i.Issuer, i.Serial, err)
 	}
 	err = e.abandon(ctx, row, "an earlier run of this node ended before the database had it")

@@ -79,6 +79,12 @@ func parseCSR(in []byte) (*csr, error) {
 	if err != nil {
 		return nil, malformed("the CSR cannot be read: %v", err)
 	}
+	if !slices.Contains(csrAlgorithms, parsed.SignatureAlgorithm) {
+		return nil, refuse(BadCSRSignature, "csr", "the CSR is signed with %s: use SHA-256, SHA-384 or SHA-512", parsed.SignatureAlgorithm)
+	}
+	if err := checkAttributes(parsed.RawTBSCertificateRequest); err != nil {
+		return nil, err
+	}
 	c := &csr{CertificateRequest: parsed}
 	for _, ext := range parsed.Extensions {
 		if ext.Id.Equal(oidSubjectAltName) {
@@ -88,6 +94,48 @@ func parseCSR(in []byte) (*csr, error) {
 		}
 	}
 	return c, nil
+}
+
+// csrAlgorithms are those with which a CSR may prove that its maker has the key.
+var csrAlgorithms = []x509.SignatureAlgorithm{
+	x509.ECDSAWithSHA256, x509.ECDSAWithSHA384, x509.ECDSAWithSHA512,
+	x509.SHA256WithRSA, x509.SHA384WithRSA, x509.SHA512WithRSA, x509.SHA256WithRSAPSS, x509.SHA384WithRSAPSS, x509.SHA512WithRSAPSS,
+}
+
+var (
+	oidExtensionRequest   = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 9, 14}
+	oidMSExtensionRequest = asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 311, 2, 1, 14}
+)
+
+// checkAttributes refuses requests for extensions that the parser would pass over: a second list of them, or one under Microsoft's old name. Whoever
+// asked would believe to have got them.
+func checkAttributes(tbs []byte) error {
+	malformed := refuse(MalformedCSR, "csr", "the CSR's attributes cannot be read")
+	input := cryptobyte.String(tbs)
+	var info, attributes cryptobyte.String
+	var present bool
+	if !input.ReadASN1(&info, cbasn1.SEQUENCE) || !info.SkipASN1(cbasn1.INTEGER) || !info.SkipASN1(cbasn1.SEQUENCE) || !info.SkipASN1(cbasn1.SEQUENCE) ||
+		!info.ReadOptionalASN1(&attributes, &present, cbasn1.Tag(0).ContextSpecific().Constructed()) || !info.Empty() {
+		return malformed
+	}
+	lists := 0
+	for !attributes.Empty() {
+		var attribute, values cryptobyte.String
+		var oid asn1.ObjectIdentifier
+		if !attributes.ReadASN1(&attribute, cbasn1.SEQUENCE) || !attribute.ReadASN1ObjectIdentifier(&oid) || !attribute.ReadASN1(&values, cbasn1.SET) || !attribute.Empty() {
+			return malformed
+		}
+		switch {
+		case oid.Equal(oidMSExtensionRequest):
+			return refuse(ExtensionNotPermitted, "csr", "extensions are asked for under %s: use the attribute extensionRequest of PKCS #9", oid)
+		case oid.Equal(oidExtensionRequest):
+			var list cryptobyte.String
+			if lists++; lists > 1 || !values.ReadASN1(&list, cbasn1.SEQUENCE) || !values.Empty() {
+				return refuse(MalformedCSR, "csr", "the CSR has more than one list of extensions")
+			}
+		}
+	}
+	return nil
 }
 
 // checkKind walks to the public key's algorithm and refuses kinds of key that are never certified, before anything costly reads the key.
@@ -201,6 +249,9 @@ func (p *Profile) checkExtensions(c *csr, kind string) error {
 			var oids []asn1.ObjectIdentifier
 			if rest, err := asn1.Unmarshal(ext.Value, &oids); err != nil || len(rest) > 0 {
 				return refuse(MalformedCSR, "csr.extensions."+ext.Id.String(), "the extended key usage cannot be read")
+			}
+			if len(oids) == 0 { // RFC 5280 §4.2.1.12: at least one
+				return refuse(MalformedCSR, "csr.extensions."+ext.Id.String(), "the extended key usage names none")
 			}
 			for _, oid := range oids {
 				if !slices.ContainsFunc(p.Extensions.ExtKeyUsage, func(u string) bool { return oid.Equal(extKeyUsageOIDs[u]) }) {

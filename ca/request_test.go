@@ -8,12 +8,15 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"net/url"
 	"strings"
@@ -196,6 +199,26 @@ func TestRequestsThatAreRefused(t *testing.T) {
 		{"unknown extension", with(extension(t, asn1.ObjectIdentifier{1, 2, 3, 4}, 1)), ca.ExtensionNotPermitted, "csr.extensions.1.2.3.4"},
 		{"name constraints", with(pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 30}, Value: []byte{0x30, 0}}), ca.ExtensionNotPermitted, "csr.extensions.2.5.29.30"},
 
+		{"no extended key usage", with(extension(t, asn1.ObjectIdentifier{2, 5, 29, 37}, []asn1.ObjectIdentifier{})), ca.MalformedCSR, "csr.extensions.2.5.29.37"},
+		{"unknown critical extension", with(pkix.Extension{Id: asn1.ObjectIdentifier{1, 2, 3, 4}, Critical: true, Value: []byte{5, 0}}), ca.ExtensionNotPermitted, "csr.extensions.1.2.3.4"},
+		{"an extension twice", csr(x509.CertificateRequest{ExtraExtensions: []pkix.Extension{sanExtension(t, 2, name), sanExtension(t, 2, "other.example.org")}}), ca.MalformedCSR, "csr"},
+		{"two lists of extensions", request(attributesCSR(t, k, extensionRequest(t, sanExtension(t, 2, name)), extensionRequest(t, sanExtension(t, 2, "evil.test")))), ca.MalformedCSR, "csr"},
+		{"two lists in one attribute", request(attributesCSR(t, k, extensionRequest(t, sanExtension(t, 2, name), sanExtension(t, 2, "evil.test")))), ca.MalformedCSR, "csr"},
+		{"extensions under Microsoft's name", request(attributesCSR(t, k, extensionRequest(t, sanExtension(t, 2, name)), attribute{asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 311, 2, 1, 14},
+			asn1.RawValue{Class: 0, Tag: 17, IsCompound: true, Bytes: []byte{0x30, 0}}})), ca.ExtensionNotPermitted, "csr"},
+		{"SHA-1", request(sha1CSR(t)), ca.BadCSRSignature, "csr"},
+		{"RSA 16384", request(hugeRSA(t)), ca.WeakKey, "csr.public_key"},
+		{"10,000 names", request(makeCSRFor(t, k, "", thousands(10000))), ca.TooLarge, "csr"},
+		{"text before the PEM block", request(append([]byte("hello\n"), good...)), ca.MalformedCSR, "csr"},
+		{"text after the PEM block", request(append(bytes.Clone(good), "hello"...)), ca.MalformedCSR, "csr"},
+		{"a key after the CSR", request(append(bytes.Clone(good), "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"...)), ca.MalformedCSR, "csr"},
+		{"a name of two scripts", request(makeCSRFor(t, k, "", []string{"xn--pple-43d.example.org"})), ca.NameNotPermitted, "csr.sans"}, // Cyrillic а, Latin pple
+		{"an overlong label", request(makeCSRFor(t, k, "", []string{strings.Repeat("a", 64) + ".example.org"})), ca.NameNotPermitted, "csr.sans"},
+		{"an underscore", request(makeCSRFor(t, k, "", []string{"a_b.example.org"})), ca.NameNotPermitted, "csr.sans"},
+		{"IPv6 as a DNS name", request(makeCSRFor(t, k, "", []string{"2001:db8::1"})), ca.NameNotPermitted, "csr.sans"},
+		{"hexadecimal IPv4 as a DNS name", request(makeCSRFor(t, k, "", []string{"0x7f000001"})), ca.NameNotPermitted, "csr.sans"},
+		{"NUL in the common name", request(makeCSRFor(t, k, name+"\x00.evil.test", []string{name})), ca.NameNotPermitted, "csr.subject.common_name"},
+
 		{"names beside the CSR differ", altered(func(r *ca.Request) { r.SANs = []ca.SAN{{Type: "dns", Value: "other.example.org"}} }), ca.NameNotPermitted, "sans"},
 		{"common name beside the CSR differs", altered(func(r *ca.Request) { r.Subject.CommonName = "other.example.org" }), ca.NameNotPermitted, "subject.common_name"},
 		{"type of name beside the CSR", altered(func(r *ca.Request) { r.SANs = []ca.SAN{{Type: "ip", Value: "192.0.2.1"}} }), ca.NameNotPermitted, "sans[0].type"},
@@ -219,6 +242,128 @@ func TestRequestsThatAreRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+// attribute is one of a CSR's.
+type attribute struct {
+	ID     asn1.ObjectIdentifier
+	Values asn1.RawValue
+}
+
+// extensionRequest is the attribute that asks for extensions: one list of each.
+func extensionRequest(t fataler, extensions ...pkix.Extension) attribute {
+	t.Helper()
+	var lists []byte
+	for _, e := range extensions {
+		der, err := asn1.Marshal([]pkix.Extension{e})
+		if err != nil {
+			t.Fatalf("encoding extensions: %v", err)
+		}
+		lists = append(lists, der...)
+	}
+	return attribute{asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 9, 14}, asn1.RawValue{Class: 0, Tag: 17, IsCompound: true, Bytes: lists}}
+}
+
+// attributesCSR signs a CSR with attributes as given, which Go's own encoder would not write.
+func attributesCSR(t fataler, key *ecdsa.PrivateKey, attributes ...attribute) []byte {
+	t.Helper()
+	must := func(der []byte, err error) []byte {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("encoding a CSR: %v", err)
+		}
+		return der
+	}
+	var all []byte
+	for _, a := range attributes {
+		all = append(all, must(asn1.Marshal(a))...)
+	}
+	spki := must(x509.MarshalPKIXPublicKey(key.Public()))
+	tbs := must(asn1.Marshal(struct {
+		Version    int
+		Subject    asn1.RawValue
+		Key        asn1.RawValue
+		Attributes asn1.RawValue
+	}{0, asn1.RawValue{FullBytes: []byte{0x30, 0}}, asn1.RawValue{FullBytes: spki}, asn1.RawValue{Class: 2, Tag: 0, IsCompound: true, Bytes: all}}))
+	digest := sha256.Sum256(tbs)
+	signature := must(ecdsa.SignASN1(rand.Reader, key, digest[:]))
+	return must(asn1.Marshal(struct {
+		TBS       asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{asn1.RawValue{FullBytes: tbs}, pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}}, asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)}}))
+}
+
+// sha1CSR is a genuine CSR but for its hash; Go verifies such signatures.
+func sha1CSR(t fataler) []byte {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatalf("making a key: %v", err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{"www.example.org"}, SignatureAlgorithm: x509.SHA256WithRSA}, key)
+	if err != nil {
+		t.Fatalf("making a CSR: %v", err)
+	}
+	parsed, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	digest := sha1.Sum(parsed.RawTBSCertificateRequest)
+	signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA1, digest[:])
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	out, err := asn1.Marshal(struct {
+		TBS       asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{asn1.RawValue{FullBytes: parsed.RawTBSCertificateRequest},
+		pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 5}, Parameters: asn1.NullRawValue}, asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)}})
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	if again, err := x509.ParseCertificateRequest(out); err != nil || again.CheckSignature() != nil {
+		t.Fatalf("the CSR is not genuine: %v", err)
+	}
+	return out
+}
+
+// hugeRSA is a CSR for an RSA key of 16384 bits, with a signature of that length that nobody should verify.
+func hugeRSA(t fataler) []byte {
+	t.Helper()
+	n := new(big.Int).SetBit(big.NewInt(1), 16383, 1)
+	spki, err := x509.MarshalPKIXPublicKey(&rsa.PublicKey{N: n, E: 65537})
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	tbs, err := asn1.Marshal(struct {
+		Version    int
+		Subject    asn1.RawValue
+		Key        asn1.RawValue
+		Attributes asn1.RawValue
+	}{0, asn1.RawValue{FullBytes: []byte{0x30, 0}}, asn1.RawValue{FullBytes: spki}, asn1.RawValue{FullBytes: []byte{0xa0, 0}}})
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	der, err := asn1.Marshal(struct {
+		TBS       asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{asn1.RawValue{FullBytes: tbs}, pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 11}, Parameters: asn1.NullRawValue},
+		asn1.BitString{Bytes: make([]byte, 2048), BitLength: 8 * 2048}})
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return der
+}
+
+func thousands(n int) []string {
+	names := make([]string, n)
+	for i := range names {
+		names[i] = fmt.Sprintf("n%d.example.org", i)
+	}
+	return names
 }
 
 func TestRequestsThatArePermitted(t *testing.T) {
@@ -246,6 +391,7 @@ func TestRequestsThatArePermitted(t *testing.T) {
 		{"repeated name", request(makeCSRFor(t, k, "", []string{"a.example.org", "a.example.org"})), "a.example.org", "a.example.org"},
 		{"first name too long for a common name", request(makeCSRFor(t, k, "", []string{long, "a.example.org"})), "a.example.org", long + " a.example.org"},
 		{"only a long name", request(makeCSRFor(t, k, "", []string{long})), "", long},
+		{"one script, and two of one language", request(makeCSRFor(t, k, "", []string{"xn--80ak6aa92e.example.org", "xn--app-s08fl0d.example.org"})), "xn--80ak6aa92e.example.org", "xn--80ak6aa92e.example.org xn--app-s08fl0d.example.org"},
 		{"P-384", request(makeCSRFor(t, p384, "", []string{"a.example.org"})), "a.example.org", "a.example.org"},
 		{"RSA 2048", request(makeCSRFor(t, rsa2048, "", []string{"a.example.org"})), "a.example.org", "a.example.org"},
 		{"DER", request(decode(makeCSRFor(t, k, "", []string{"a.example.org"}))), "a.example.org", "a.example.org"},
@@ -301,7 +447,10 @@ func TestBodyHashCoversEveryParsedField(t *testing.T) {
 // No input kills the process, and every refusal has a name.
 func FuzzCSR(f *testing.F) {
 	k := newKey(f)
-	for _, names := range [][]string{{"a.example.org"}, {"*.example.org"}, {"a\x00b"}, {}, nil} {
+	f.Add(sha1CSR(f))
+	f.Add(hugeRSA(f))
+	f.Add(attributesCSR(f, k, extensionRequest(f, sanExtension(f, 2, "a.example.org")), extensionRequest(f, sanExtension(f, 2, "b.example.org"))))
+	for _, names := range [][]string{{"a.example.org"}, {"*.example.org"}, {"a\x00b"}, {"xn--pple-43d.example.org"}, {}, nil} {
 		text := makeCSRFor(f, k, "", names)
 		f.Add(text)
 		f.Add(decode(text))

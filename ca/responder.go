@@ -116,7 +116,7 @@ func NewResponders(cfg RespondersConfig) (*Responders, error) {
 	if cfg.Engine == nil || cfg.Lane == nil || cfg.Requester == "" {
 		return nil, errors.New("ca: a field of RespondersConfig is missing")
 	}
-	return &Responders{cfg: cfg, e: cfg.Engine, lane: cfg.Lane}, nil
+	return &Responders{cfg: cfg, e: cfg.Engine, lane: cfg.Engine.cfg.Rounds.lane(cfg.Lane)}, nil
 }
 
 // Run renews until ctx ends; then it returns nil. Failures are logged and tried again.

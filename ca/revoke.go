@@ -72,12 +72,13 @@ func (r *Revoked) Status() string {
 	return db.StatusRevoked
 }
 
-// RevokerConfig is what a Revoker needs. All but Now, Log and Metrics are mandatory.
+// RevokerConfig is what a Revoker needs. All but Rounds, Now, Log and Metrics are mandatory.
 type RevokerConfig struct {
 	Record   RevocationRecord      // *db.Store
 	Lane     *db.Lane              // a lane of its own, so that issuing does not hold revocations up
 	Journal  *journal.Journal      //
 	Profiles *Profiles             // say whether hold is allowed
+	Rounds   *Rounds               // as in Config
 	Barrier  *Barrier              //
 	Epoch    uint64                // site epoch read at start
 	Now      func() time.Time      // default time.Now
@@ -93,6 +94,8 @@ type RevokerConfig struct {
 type RevocationRecord interface {
 	Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error)
 	Read(ctx context.Context, op, except string, body func(context.Context, *sql.Conn) error) (node string, err error)
+	TBS(ctx context.Context, issuer string, serial []byte) ([]byte, error)
+	blockRecord
 }
 
 // Revoker revokes certificates: durable in database and journal first, then effective at the responders (protocols §5). It is safe for
@@ -124,7 +127,7 @@ func NewRevoker(cfg RevokerConfig) (*Revoker, error) {
 			return nil, fmt.Errorf("registering metrics: %w", err)
 		}
 	}
-	return &Revoker{cfg: cfg, lane: cfg.Lane, log: cfg.Journal, took: took}, nil
+	return &Revoker{cfg: cfg, lane: cfg.Rounds.lane(cfg.Lane), log: cfg.Journal, took: took}, nil
 }
 
 // Revoke revokes a certificate, or puts it on hold. It returns once the event is durable and every responder shows it or can no longer
@@ -250,7 +253,7 @@ func (r *Revoker) audit(a act, event, outcome, detail string) error {
 		err = r.log.Append(record)
 	}
 	if err != nil {
-		return unavailable(JournalUnavailable, err, "this node cannot record what it does: repeat the request")
+		return JournalError(err, "this node cannot record what it does: repeat the request")
 	}
 	return nil
 }
@@ -271,6 +274,9 @@ func (r *Revoker) act(ctx context.Context, a act) (*Revoked, error) {
 }
 
 func (r *Revoker) change(ctx context.Context, a act) (*Revoked, error) {
+	if err := r.cfg.Rounds.err(); err != nil {
+		return nil, err
+	}
 	if err := r.audit(a, "revocation-requested", "begun", a.asked); err != nil {
 		return nil, err
 	}
@@ -282,6 +288,12 @@ func (r *Revoker) change(ctx context.Context, a act) (*Revoked, error) {
 			}
 		}
 		return nil, err
+	}
+	if Reason(event.Reason) == ReasonKeyCompromise && event.Event != db.EventRelease {
+		// Before anything is acknowledged, and with every repeat: a compromised key is not certified again (BR 6.1.1.3).
+		if err := r.block(ctx, a, event); err != nil {
+			return nil, err
+		}
 	}
 	done := &Revoked{
 		Issuer: event.Issuer, Serial: event.Serial, N: event.N, Event: event.Event, Reason: Reason(event.Reason), Date: event.Date,
@@ -300,6 +312,25 @@ func (r *Revoker) change(ctx context.Context, a act) (*Revoked, error) {
 	r.cfg.Log.Log(ctx, level, "certificate status changed", "id", a.id(), "event", event.Event, "reason", done.Reason.String(), "n", event.N, "actor", a.actor.String(),
 		"applied", done.Reach.Applied, "lapsed", done.Reach.Lapsed, "pending", done.Reach.Pending)
 	return done, nil
+}
+
+// block blocks the key of a certificate that was revoked for keyCompromise.
+func (r *Revoker) block(ctx context.Context, a act, event *db.Revocation) error {
+	tbs, err := r.cfg.Record.TBS(ctx, a.issuer, a.serial)
+	if err != nil {
+		return unavailable(OutcomeUnknown, err, "the certificate is revoked, and its key could not be blocked: repeat the request")
+	}
+	spki, err := spkiOf(tbs)
+	if err != nil {
+		return unavailable(OutcomeUnknown, err, "the certificate is revoked, and its key cannot be read: the operators must block it")
+	}
+	stands, err := blockKey(ctx, r.cfg.Record, r.cfg.Log, db.BlockedKey{
+		SPKI: keyHash(spki), Reason: BlockKeyCompromise, Comment: "revocation of " + a.id(), Actor: event.Actor, Created: r.cfg.Now().UTC(),
+	})
+	if err != nil {
+		return unavailable(OutcomeUnknown, err, "the certificate is revoked, and its key could not be blocked: repeat the request")
+	}
+	return r.audit(a, "key-blocked", "recorded", fmt.Sprintf("spki %x, number %d, by %s", stands.SPKI, stands.N, stands.Actor))
 }
 
 // record makes the event durable, or finds it there: committed, read back on another database node, journalled.
@@ -337,7 +368,8 @@ func (r *Revoker) record(ctx context.Context, a act) (*db.Revocation, error) {
 			}
 		}
 		// What was committed counts only once another node shows it: a commit can be lost.
-		back, err := r.readBack(ctx, node, a)
+		at := r.cfg.Rounds.now()
+		back, err := r.readBack(ctx, node, a, &at.state)
 		switch {
 		case err != nil && node != "": // it was committed just now: that it is not on record is more than anybody knows
 			return nil, unavailable(OutcomeUnknown, err, "the change was committed and could not be read back: repeat the request, or look")
@@ -351,7 +383,7 @@ func (r *Revoker) record(ctx context.Context, a act) (*db.Revocation, error) {
 		if back.N > next.N {
 			continue // it was overtaken: what the newest event says is what counts
 		}
-		if err := r.done(back); err != nil {
+		if err := r.done(ctx, at, back); err != nil {
 			return nil, err
 		}
 		return back, nil
@@ -360,14 +392,19 @@ func (r *Revoker) record(ctx context.Context, a act) (*db.Revocation, error) {
 }
 
 // readBack returns the serial's newest event as a database node other than except shows it; nil if it shows none.
-func (r *Revoker) readBack(ctx context.Context, except string, a act) (*db.Revocation, error) {
+func (r *Revoker) readBack(ctx context.Context, except string, a act, round *db.RoundState) (*db.Revocation, error) {
 	var back *db.Revocation
 	_, err := r.cfg.Record.Read(ctx, "read back revocation", except, func(ctx context.Context, c *sql.Conn) error {
 		e := db.Revocation{Issuer: a.issuer, Serial: a.serial}
 		var invalidity sql.NullTime
 		back = nil
-		err := c.QueryRowContext(ctx, "SELECT n, event, reason, date, invalidity_date, actor, lane, seq FROM revocation WHERE issuer = ? AND serial = ? ORDER BY n DESC LIMIT 1",
-			a.issuer, a.serial).Scan(&e.N, &e.Event, &e.Reason, &e.Date, &invalidity, &e.Actor, &e.Lane, &e.Seq)
+		// The round first: a row that was lost before a round must not pass for one that was read in it.
+		var err error
+		if *round, err = db.ReadRoundState(ctx, c); err != nil {
+			return err
+		}
+		err = c.QueryRowContext(ctx, "SELECT n, event, reason, date, invalidity_date, comment, actor, site_epoch, lane, seq, created FROM revocation WHERE issuer = ? AND serial = ? ORDER BY n DESC LIMIT 1",
+			a.issuer, a.serial).Scan(&e.N, &e.Event, &e.Reason, &e.Date, &invalidity, &e.Comment, &e.Actor, &e.SiteEpoch, &e.Lane, &e.Seq, &e.Created)
 		if errors.Is(err, sql.ErrNoRows) {
 			return nil
 		}
@@ -377,16 +414,18 @@ func (r *Revoker) readBack(ctx context.Context, except string, a act) (*db.Revoc
 	return back, err
 }
 
-func (r *Revoker) done(e *db.Revocation) error {
-	event := &journal.Revocation{N: int(e.N), Event: e.Event, Reason: Reason(e.Reason).String(), Date: e.Date, Actor: e.Actor}
+func (r *Revoker) done(ctx context.Context, at reading, e *db.Revocation) error {
+	event := &journal.Revocation{
+		N: int(e.N), Event: e.Event, Reason: Reason(e.Reason).String(), Date: e.Date, Actor: e.Actor, Comment: e.Comment, SiteEpoch: e.SiteEpoch, Created: e.Created,
+	}
 	if !e.InvalidityDate.IsZero() {
 		event.InvalidityDate = &e.InvalidityDate
 	}
-	record, err := journal.New(journal.Done{
-		Issuer: e.Issuer, Serial: hex.EncodeToString(e.Serial), Ver: 1, Lane: e.Lane, Seq: e.Seq, Kind: journal.DoneRevocation, Event: event,
+	err := r.cfg.Rounds.done(ctx, r.log, at, &journal.Done{
+		Issuer: e.Issuer, Serial: hex.EncodeToString(e.Serial), Ver: 1, Lane: e.Lane, Seq: e.Seq, Kind: journal.DoneRevocation, Event: event, Created: e.Created,
 	})
-	if err == nil {
-		err = r.log.Append(record)
+	if name := NameOf(err); name != "" && name != JournalUnavailable {
+		return err
 	}
 	if err != nil {
 		// Not journal-unavailable: that says that nothing was done.

@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"trivet/db"
-	"trivet/journal"
 )
 
 // maxShown is how many certificates a Viewer remembers to have journalled.
@@ -27,12 +26,16 @@ func NewViewer(e *Engine) *Viewer { return &Viewer{e: e, shown: map[[32]byte]boo
 
 // Certificate returns what is on record of a serial, nil if there is no such intent. Every error is an *Error.
 func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error) {
+	at := v.e.cfg.Rounds.now()
 	c, err := v.e.record.Certificate(ctx, issuer, serial)
 	if err != nil {
 		return nil, databaseError("reading the certificate", err)
 	}
 	if c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert {
 		return c, nil
+	}
+	if err := v.e.cfg.Rounds.err(); err != nil {
+		return nil, err
 	}
 	digest := sha256.Sum256(c.Outcome.DER)
 	v.mu.Lock()
@@ -41,7 +44,7 @@ func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) 
 	if known {
 		return c, nil
 	}
-	if err := v.release(c); err != nil {
+	if err := v.release(ctx, c, at.in(c.Round)); err != nil {
 		return nil, err
 	}
 	v.mu.Lock()
@@ -53,7 +56,7 @@ func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) 
 	return c, nil
 }
 
-func (v *Viewer) release(c *db.Certificate) error {
+func (v *Viewer) release(ctx context.Context, c *db.Certificate, at reading) error {
 	id := c.Intent.Issuer + ":" + hex.EncodeToString(c.Intent.Serial)
 	a, ok := v.e.Authorities().Issuer(c.Intent.Issuer)
 	if !ok || a.Certificate == nil {
@@ -67,15 +70,9 @@ func (v *Viewer) release(c *db.Certificate) error {
 		v.e.cfg.Log.Error("the record holds a certificate that does not verify: it is not shown", "id", id, "err", err)
 		return unavailable(DatabaseUnavailable, err, "the certificate on record does not verify: the operators must look at it")
 	}
-	record, err := journal.New(journal.Done{
-		Issuer: c.Intent.Issuer, Serial: hex.EncodeToString(c.Intent.Serial), Ver: int(c.Outcome.Ver), DER: c.Outcome.DER,
-		Lane: c.Outcome.Lane, Seq: c.Outcome.Seq, Kind: journal.DoneCert,
-	})
-	if err == nil {
-		err = v.e.log.Append(record)
+	err = v.e.cfg.Rounds.done(ctx, v.e.log, at, doneOf(&c.Intent, c.Outcome, nil))
+	if err != nil && NameOf(err) == "" {
+		err = v.e.journalFailed(err)
 	}
-	if err != nil {
-		return v.e.journalFailed(err)
-	}
-	return nil
+	return err
 }

@@ -87,7 +87,7 @@ func (e *Engine) sweepSome(ctx context.Context) (seen, finished int, err error) 
 		}
 		j := &job{
 			req: [32]byte(row.Req), body: [32]byte(row.Body), intent: row, adopted: true,
-			issuer: issuer{a.Issuer, a.KeyID, a.Certificate.PublicKey}, recheck: e.recheck,
+			issuer: issuer{a.Issuer, a.Key(), a.Certificate.PublicKey}, recheck: e.recheck,
 		}
 		if e.join(j) == j { // else a repeat of the request is seeing to it
 			taken, jobs = append(taken, row), append(jobs, j)

@@ -77,14 +77,23 @@ func (e *Engine) reissuer(j *job, name string) bool {
 		e.finish(j, nil, unavailable(CANotActive, nil, "the earlier request was for %s, which this node does not know yet", name))
 		return false
 	}
-	j.issuer = issuer{a.Issuer, a.KeyID, a.Certificate.PublicKey}
+	j.issuer = issuer{a.Issuer, a.Key(), a.Certificate.PublicKey}
 	return true
 }
 
-// takeOver is step 3: the stored TBSCertificate passes policy and lint again before anyone signs it, and then goes through the pipeline.
-// What policy refuses is abandoned.
+// takeOver is step 3: the row proves that a CA node wrote it, its key is not blocked, and the stored TBSCertificate passes policy and lint
+// again, before anyone signs it; then it goes through the pipeline. What does not pass is abandoned.
 func (e *Engine) takeOver(ctx context.Context, j *job, how string) {
-	err := j.recheck(j.intent)
+	err := e.authentic(j.intent)
+	if err == nil {
+		err = e.unblocked(ctx, j)
+	}
+	if err == nil {
+		err = j.recheck(j.intent)
+	}
+	if err == nil {
+		j.pass(j.intent.TBS)
+	}
 	var refused *Error
 	switch {
 	case err == nil:
@@ -131,7 +140,7 @@ func (e *Engine) recheck(row db.Intent) error {
 	if err != nil {
 		return refuse(LintFailed, "", "the stored TBSCertificate cannot be read: %v", err)
 	}
-	kind, err := p.checkKey(cert.PublicKey)
+	kind, err := p.checkKey(cert.PublicKey, e.cfg.WeakKeys)
 	if err != nil {
 		return err
 	}
@@ -155,7 +164,7 @@ func (e *Engine) recheck(row db.Intent) error {
 	if len(row.Serial) != serialLength || !bytes.Equal(tbs, row.TBS) {
 		return refuse(LintFailed, "", "the stored TBSCertificate is not what profile %s version %d makes of its own values", p.Name, p.Version)
 	}
-	return e.linter.check(again, p.Lint)
+	return e.linter.check(again, p.Lint, now)
 }
 
 // recheckDraft is recheck for a certificate whose contents a caller built: the stored row must be that draft, under its own serial and an
@@ -180,7 +189,7 @@ func (e *Engine) recheckDraft(d *Draft, by parent, row db.Intent) error {
 	if len(row.Serial) != serialLength || !bytes.Equal(tbs, row.TBS) {
 		return refuse(LintFailed, "", "the stored TBSCertificate is not the one asked for")
 	}
-	return e.linter.check(der, Lint{Policy: "private"})
+	return e.linter.check(der, Lint{Policy: "private"}, e.cfg.Now())
 }
 
 // abandon ends an intent that must not be signed: the outcome row takes the key that a certificate would need, so that a signature under
@@ -204,6 +213,7 @@ func (e *Engine) abandon(ctx context.Context, row db.Intent, why string) error {
 	if err != nil {
 		return databaseError("abandoning the request", err)
 	}
+	at := e.cfg.Rounds.now()
 	found, err := e.record.Certificate(ctx, row.Issuer, row.Serial)
 	if err != nil {
 		return databaseError("reading the abandoned request back", err)
@@ -215,8 +225,10 @@ func (e *Engine) abandon(ctx context.Context, row db.Intent, why string) error {
 		return unavailable(RequestInProgress, nil, "another node finished the request: repeat it with the same Idempotency-Key")
 	}
 	e.metrics.finished.WithLabelValues("abandoned").Inc()
-	err = e.journal(journal.Done{Issuer: row.Issuer, Serial: serial, Ver: int(found.Outcome.Ver), Lane: found.Outcome.Lane, Seq: found.Outcome.Seq, Kind: journal.DoneAbandoned})
-	if err != nil {
+	if err := e.cfg.Rounds.done(ctx, e.log, at.in(found.Round), doneOf(&found.Intent, found.Outcome, row.TBS)); err != nil {
+		if NameOf(err) == "" {
+			err = e.journalFailed(err)
+		}
 		return err
 	}
 	return refuse(RequestAbandoned, "Idempotency-Key", "this request was abandoned, because it is no longer permitted, and its serial %s counts as revoked: use a new key", serial)

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	"slices"
 	"time"
 
 	"golang.org/x/crypto/cryptobyte"
@@ -65,6 +66,42 @@ func (p *Profile) template(a *Authority, baseURL string, v values) (*x509.Certif
 		t.CRLDistributionPoints = []string{urls.CRL}
 	}
 	return t, nil
+}
+
+// agree reads a draft back and compares it with what was permitted, field by field (I8): an encoder that says anything else than it was told is
+// found out before anything is recorded. After signing verifyIssued compares every octet.
+func (v *values) agree(der []byte, t *x509.Certificate, by parent) error {
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return fmt.Errorf("reading the draft back: %w", err)
+	}
+	key, ok := cert.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
+	for _, f := range []struct {
+		name string
+		same bool
+	}{
+		{"version", cert.Version == 3},
+		{"serial", cert.SerialNumber.Cmp(new(big.Int).SetBytes(v.serial)) == 0},
+		{"issuer", bytes.Equal(cert.RawIssuer, by.rawSubject)},
+		{"validity", cert.NotBefore.Equal(v.notBefore) && cert.NotAfter.Equal(v.notAfter)},
+		{"subject", bytes.Equal(cert.RawSubject, t.RawSubject) && cert.Subject.CommonName == v.names.commonName},
+		{"key", ok && key.Equal(v.key)},
+		{"DNS names", slices.Equal(cert.DNSNames, v.names.dns)},
+		{"other names", len(cert.IPAddresses)+len(cert.EmailAddresses)+len(cert.URIs) == 0},
+		{"key identifiers", bytes.Equal(cert.SubjectKeyId, t.SubjectKeyId) && bytes.Equal(cert.AuthorityKeyId, by.keyID)},
+		{"basic constraints", !cert.IsCA},
+		{"key usage", cert.KeyUsage == t.KeyUsage},
+		{"extended key usage", slices.Equal(cert.ExtKeyUsage, t.ExtKeyUsage) && len(cert.UnknownExtKeyUsage) == 0},
+		{"policies", slices.EqualFunc(cert.Policies, t.Policies, func(a, b x509.OID) bool { return a.Equal(b) })},
+		{"addresses", slices.Equal(cert.OCSPServer, t.OCSPServer) && slices.Equal(cert.IssuingCertificateURL, t.IssuingCertificateURL) &&
+			slices.Equal(cert.CRLDistributionPoints, t.CRLDistributionPoints)},
+		{"critical extensions", len(cert.UnhandledCriticalExtensions) == 0},
+	} {
+		if !f.same {
+			return fmt.Errorf("the draft's %s is not what was permitted", f.name)
+		}
+	}
+	return nil
 }
 
 // validity returns notBefore and notAfter for a certificate made now. Both ends count, so that a lifetime of 90 days ends one second early
@@ -243,6 +280,26 @@ func tbsOf(der []byte) ([]byte, error) {
 		return nil, errors.New("reading a certificate: it is not DER")
 	}
 	return tbs, nil
+}
+
+// spkiOf returns the SubjectPublicKeyInfo inside a TBSCertificate. The slice shares tbs' memory.
+func spkiOf(tbs []byte) ([]byte, error) {
+	input := cryptobyte.String(tbs)
+	var fields, spki cryptobyte.String
+	if !input.ReadASN1(&fields, cbasn1.SEQUENCE) || !input.Empty() || !fields.SkipOptionalASN1(cbasn1.Tag(0).ContextSpecific().Constructed()) ||
+		!fields.SkipASN1(cbasn1.INTEGER) || // serial
+		!fields.SkipASN1(cbasn1.SEQUENCE) || !fields.SkipASN1(cbasn1.SEQUENCE) || // signature, issuer
+		!fields.SkipASN1(cbasn1.SEQUENCE) || !fields.SkipASN1(cbasn1.SEQUENCE) || // validity, subject
+		!fields.ReadASN1Element(&spki, cbasn1.SEQUENCE) {
+		return nil, errors.New("reading a TBSCertificate: it is not DER")
+	}
+	return spki, nil
+}
+
+// keyHash is how keys are named in the record: the SHA-256 of the DER SubjectPublicKeyInfo.
+func keyHash(spki []byte) []byte {
+	sum := sha256.Sum256(spki)
+	return sum[:]
 }
 
 // verifyIssued checks a whole certificate before it may be released (I7): it parses, contains exactly that TBSCertificate (unless nil), and

@@ -35,18 +35,14 @@ var errPageFull = errors.New("the page is full")
 
 // audit reads this node's journal. That it was read is recorded first.
 func (s *server) audit(c *gin.Context) {
-	query, p := parameters(c, "cursor", "limit")
-	if p != nil {
-		s.fail(c, p)
-		return
-	}
-	limit, p := pageLimit(query["limit"])
+	query, limit, p := pageOf(c)
 	if p != nil {
 		s.fail(c, p)
 		return
 	}
 	after := query["cursor"]
-	if after != "" && !isEntryID(after) {
+	from, ok := entryPlace(after)
+	if after != "" && !ok {
 		s.fail(c, malformed("cursor", "it is none that this node gave"))
 		return
 	}
@@ -57,16 +53,15 @@ func (s *server) audit(c *gin.Context) {
 	ctx, cancel := context.WithTimeout(c.Request.Context(), s.cfg.ReadTimeout)
 	defer cancel()
 	page := auditJSON{Entries: []entryJSON{}}
-	started := after == ""
-	err := s.cfg.Journal.Replay(func(e journal.Entry) error {
+	read := s.cfg.Journal.Replay
+	if after != "" {
+		read = func(fn func(journal.Entry) error) error { return s.cfg.Journal.Select(journal.Query{From: &from}, fn) }
+	}
+	err := read(func(e journal.Entry) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		id := hex.EncodeToString(e.Incarnation[:]) + ":" + strconv.FormatUint(e.Offset, 10)
-		if !started {
-			started = id == after
-			return nil
-		}
 		if len(page.Entries) == limit {
 			page.Next = &page.Entries[limit-1].ID
 			return errPageFull
@@ -79,20 +74,27 @@ func (s *server) audit(c *gin.Context) {
 		return nil
 	})
 	switch {
+	case errors.Is(err, journal.ErrNoPlace):
+		s.fail(c, malformed("cursor", "it is none that this node gave"))
+	case errors.Is(err, journal.ErrArchived):
+		s.fail(c, malformed("cursor", "what follows it is in the archive alone: read it there with pkictl journal"))
 	case err != nil && !errors.Is(err, errPageFull):
 		s.fail(c, &ca.Error{Name: ca.JournalUnavailable, Detail: "the journal could not be read to the end of the page: repeat the request", RetryAfter: time.Second, Err: err})
-	case !started:
-		s.fail(c, malformed("cursor", "it is none that this node gave"))
 	default:
 		c.JSON(http.StatusOK, page)
 	}
 }
 
-func isEntryID(s string) bool {
-	incarnation, offset, ok := strings.Cut(s, ":")
+// entryPlace reads an entry's id.
+func entryPlace(id string) (p journal.Place, ok bool) {
+	incarnation, offset, ok := strings.Cut(id, ":")
 	raw, err := hex.DecodeString(incarnation)
-	_, errOffset := strconv.ParseUint(offset, 10, 64)
-	return ok && err == nil && len(raw) == 16 && errOffset == nil
+	if !ok || err != nil || len(raw) != len(p.Incarnation) {
+		return p, false
+	}
+	p.Incarnation = [16]byte(raw)
+	p.Offset, err = strconv.ParseUint(offset, 10, 64)
+	return p, err == nil
 }
 
 // record writes an act of the caller's to the journal before it happens.
@@ -102,7 +104,7 @@ func (s *server) record(c *gin.Context, event, object, detail string) error {
 		err = s.cfg.Journal.Append(r)
 	}
 	if err != nil {
-		return &ca.Error{Name: ca.JournalUnavailable, Detail: "this node cannot record what it does", RetryAfter: time.Second, Err: err}
+		return ca.JournalError(err, "this node cannot record what it does")
 	}
 	return nil
 }
@@ -134,6 +136,15 @@ const (
 	defaultPage = 100
 	maxPage     = 1000
 )
+
+// pageOf returns the parameters of a question for one page, and how many entries it may have. filters are known besides cursor and limit.
+func pageOf(c *gin.Context, filters ...string) (query map[string]string, limit int, p *problem.Problem) {
+	if query, p = parameters(c, append(filters, "cursor", "limit")...); p != nil {
+		return nil, 0, p
+	}
+	limit, p = pageLimit(query["limit"])
+	return query, limit, p
+}
 
 func pageLimit(text string) (int, *problem.Problem) {
 	if text == "" {

@@ -97,21 +97,27 @@ func (s *server) issue(c *gin.Context) {
 		s.fail(c, p)
 		return
 	}
-	request := ca.Request{
-		Principal: caller(c).String(), IdempotencyKey: key, Profile: body.Profile, CA: body.CA, CSR: []byte(body.CSR),
-		Subject: ca.Subject{CommonName: body.Subject.CommonName}, NotAfter: body.NotAfter, Reference: body.Reference,
-	}
-	for _, san := range body.SANs {
-		request.SANs = append(request.SANs, ca.SAN{Type: san.Type, Value: san.Value})
-	}
 	ctx, cancel := context.WithTimeout(c.Request.Context(), s.cfg.IssueTimeout)
 	defer cancel()
-	issued, err := s.cfg.Issuer.Issue(ctx, request)
+	view, replayed, err := s.issueOne(ctx, body.request(caller(c), key))
 	if err != nil {
 		s.fail(c, err)
 		return
 	}
-	view := &db.Certificate{
+	if replayed {
+		c.Header("Idempotency-Replayed", "true")
+	}
+	c.Header("Location", "/v1/certificates/"+view.Intent.Issuer+":"+hex.EncodeToString(view.Intent.Serial))
+	s.answer(c, http.StatusCreated, media, view)
+}
+
+// issueOne issues a certificate, or finds the one that an earlier request with the same key got, with the status it has now.
+func (s *server) issueOne(ctx context.Context, r ca.Request) (view *db.Certificate, replayed bool, err error) {
+	issued, err := s.cfg.Issuer.Issue(ctx, r)
+	if err != nil {
+		return nil, false, err
+	}
+	view = &db.Certificate{
 		Intent: db.Intent{Issuer: issued.Issuer, Serial: issued.Serial, Profile: issued.Profile, ProfileVersion: uint32(issued.ProfileVersion),
 			Requester: issued.Requester, Reference: issued.Reference},
 		Outcome: &db.Outcome{Kind: db.OutcomeCert, DER: issued.DER},
@@ -121,15 +127,24 @@ func (s *server) issue(c *gin.Context) {
 		now, err := s.cfg.Viewer.Certificate(ctx, issued.Issuer, issued.Serial)
 		switch {
 		case err != nil:
-			s.fail(c, err)
-			return
+			return nil, true, err
 		case now != nil && now.Outcome != nil && now.Outcome.Kind == db.OutcomeCert:
 			view = now
 		}
-		c.Header("Idempotency-Replayed", "true")
 	}
-	c.Header("Location", "/v1/certificates/"+issued.ID())
-	s.answer(c, http.StatusCreated, media, view)
+	return view, issued.Replayed, nil
+}
+
+// request is what a checked body asks for.
+func (b *issueBody) request(by identity.Principal, key string) ca.Request {
+	r := ca.Request{
+		Principal: by.String(), IdempotencyKey: key, Profile: b.Profile, CA: b.CA, CSR: []byte(b.CSR),
+		Subject: ca.Subject{CommonName: b.Subject.CommonName}, NotAfter: b.NotAfter, Reference: b.Reference,
+	}
+	for _, san := range b.SANs {
+		r.SANs = append(r.SANs, ca.SAN{Type: san.Type, Value: san.Value})
+	}
+	return r
 }
 
 func (b *issueBody) check() *problem.Problem {
@@ -150,11 +165,15 @@ func idempotencyKey(r *http.Request) (string, *problem.Problem) {
 		return "", malformed(idempotencyHeader, "the header is missing: send a value of your own choice, and the same with every repeat of the request")
 	case len(values) > 1:
 		return "", malformed(idempotencyHeader, "the header is given more than once")
-	case len(values[0]) < 1, len(values[0]) > 255, strings.ContainsFunc(values[0], func(r rune) bool { return r < 0x20 || r > 0x7e }):
+	case !validKey(values[0]):
 		return "", malformed(idempotencyHeader, "want 1 to 255 printable ASCII characters")
 	default:
 		return values[0], nil
 	}
+}
+
+func validKey(key string) bool {
+	return len(key) >= 1 && len(key) <= 255 && !strings.ContainsFunc(key, func(r rune) bool { return r < 0x20 || r > 0x7e })
 }
 
 // accepted chooses the media type of a certificate's answer, before anything is done for the request. The first of equals wins.
@@ -240,9 +259,7 @@ func (s *server) answer(c *gin.Context, status int, media string, cert *db.Certi
 		}
 		if cert.Outcome != nil {
 			view.Certificate = encodePEM(cert.Outcome.DER)
-			for _, der := range s.chain(cert.Intent.Issuer) {
-				view.Chain = append(view.Chain, encodePEM(der))
-			}
+			view.Chain = s.chainPEM(cert.Intent.Issuer)
 		}
 		c.JSON(status, view)
 	}
@@ -257,6 +274,13 @@ func (s *server) chain(issuer string) [][]byte {
 	var out [][]byte
 	for _, cert := range a.Chain {
 		out = append(out, cert.Raw)
+	}
+	return out
+}
+
+func (s *server) chainPEM(issuer string) (out []string) {
+	for _, der := range s.chain(issuer) {
+		out = append(out, encodePEM(der))
 	}
 	return out
 }

@@ -21,13 +21,18 @@ const (
 
 // decode reads a JSON body into v and is strict about all of it: media type, size, UTF-8, unknown and repeated names, depth, trailing data.
 func decode(w http.ResponseWriter, r *http.Request, v any) *problem.Problem {
+	return decodeUpTo(w, r, v, maxBody)
+}
+
+// decodeUpTo is decode with a bound of its own.
+func decodeUpTo(w http.ResponseWriter, r *http.Request, v any, most int64) *problem.Problem {
 	if p := mustBeJSON(r); p != nil {
 		return p
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, most))
 	if err != nil {
 		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-			return problem.New(http.StatusRequestEntityTooLarge, "too-large", fmt.Sprintf("the body is over %d octets", maxBody))
+			return problem.New(http.StatusRequestEntityTooLarge, "too-large", fmt.Sprintf("the body is over %d octets", most))
 		}
 		return problem.New(http.StatusBadRequest, "malformed-request", "the body ended before its time")
 	}

@@ -24,3 +24,13 @@ func Accepted(accept string) string {
 	media, _ := accepted(&http.Request{Header: http.Header{"Accept": {accept}}})
 	return media
 }
+
+// DecodeBlock reads the body of a request to block a key and returns the hash of the key that it names.
+func DecodeBlock(body []byte) ([]byte, bool) {
+	var v blockBody
+	if p := decodeJSON(body, &v); p != nil {
+		return nil, false
+	}
+	spki, p := v.key()
+	return spki, p == nil
+}

@@ -20,12 +20,7 @@ type listJSON struct {
 
 // list answers with one page of what the caller may see, without the certificates' own bytes.
 func (s *server) list(c *gin.Context) {
-	query, p := parameters(c, "requester", "issuer", "status", "cursor", "limit")
-	if p != nil {
-		s.fail(c, p)
-		return
-	}
-	limit, p := pageLimit(query["limit"])
+	query, limit, p := pageOf(c, "requester", "issuer", "status")
 	if p != nil {
 		s.fail(c, p)
 		return

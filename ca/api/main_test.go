@@ -74,8 +74,12 @@ func newSite(t *testing.T, change func(*api.Config)) *site {
 		t.Fatal(err)
 	}
 	s.id = s.identity(t, person(identity.RoleCA, "ca1"))
+	blocker, err := ca.NewBlocker(ca.BlockerConfig{Record: node.Store, Journal: node.Journal, Revoker: node.Revoker, Authorities: node.Engine.Authorities, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
 	cfg := api.Config{
-		Identity: s.id, Issuer: node.Engine, Revoker: node.Revoker, CRLs: node.CRLs, Viewer: ca.NewViewer(node.Engine), Record: node.Store,
+		Identity: s.id, Issuer: node.Engine, Revoker: node.Revoker, CRLs: node.CRLs, Viewer: ca.NewViewer(node.Engine), Blocker: blocker, Record: node.Store,
 		Journal: node.Journal, Profiles: node.Profiles, BaseURL: "http://pki.test",
 		Health: func() health.Report {
 			s.mu.Lock()

@@ -35,8 +35,11 @@ var statuses = map[string]int{
 
 	ca.TooLarge: http.StatusRequestEntityTooLarge,
 
+	ca.RateLimited: http.StatusTooManyRequests,
+
 	ca.IdempotencyMismatch:   http.StatusUnprocessableEntity,
 	ca.WeakKey:               http.StatusUnprocessableEntity,
+	ca.BlockedKey:            http.StatusUnprocessableEntity,
 	ca.KeyNotPermitted:       http.StatusUnprocessableEntity,
 	ca.NameNotPermitted:      http.StatusUnprocessableEntity,
 	ca.ExtensionNotPermitted: http.StatusUnprocessableEntity,
@@ -49,6 +52,7 @@ var statuses = map[string]int{
 	ca.JournalUnavailable:  http.StatusServiceUnavailable,
 	ca.OutcomeUnknown:      http.StatusServiceUnavailable,
 	ca.Halted:              http.StatusServiceUnavailable,
+	ca.Overloaded:          http.StatusServiceUnavailable,
 	ca.WrongSite:           http.StatusServiceUnavailable,
 }
 
@@ -77,14 +81,18 @@ func toProblem(err error) *problem.Problem {
 // fail answers with a problem and logs what the client is not told.
 func (s *server) fail(c *gin.Context, err error) {
 	p := toProblem(err)
+	s.logRefusal(c, p, err)
+	problem.Write(c.Writer, p)
+	c.Abort()
+}
+
+func (s *server) logRefusal(c *gin.Context, p *problem.Problem, err error) {
 	level := slog.LevelInfo
 	if p.Status >= 500 {
 		level = slog.LevelWarn
 	}
 	s.cfg.Log.Log(c.Request.Context(), level, "request refused", "request_id", c.Writer.Header().Get(requestIDHeader), "method", c.Request.Method, "route", c.FullPath(),
 		"status", p.Status, "problem", p.Name(), "err", err)
-	problem.Write(c.Writer, p)
-	c.Abort()
 }
 
 var requestIDForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)

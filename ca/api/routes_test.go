@@ -14,7 +14,7 @@ import (
 	"trivet/identity"
 )
 
-var parameter = regexp.MustCompile(`:([a-z]+)`)
+var parameter = regexp.MustCompile(`/:([a-z]+)`)
 
 // Every route of the table on each listener, asked by every role and by nobody: only those listed get past the door.
 func TestRoleMatrix(t *testing.T) {
@@ -25,7 +25,7 @@ func TestRoleMatrix(t *testing.T) {
 		server *httptest.Server
 	}{{"api", api.Public, s.public}, {"admin", api.Admin, s.admin}} {
 		for _, route := range api.Routes() {
-			path := parameter.ReplaceAllString(route.Path, "nonesuch")
+			path := parameter.ReplaceAllString(route.Path, "/nonesuch")
 			for _, role := range append(identity.Roles(), "") {
 				p := person(role, "x")
 				if role == "" {
@@ -83,6 +83,9 @@ func TestSeparationOfRoles(t *testing.T) {
 		if got := slices.Contains(may(role), "GET /v1/audit"); got != (role == identity.RoleAuditor) {
 			t.Errorf("%s reads the audit log: %v", role, got)
 		}
+		if got := slices.Contains(may(role), "POST /v1/blocked-keys"); got != (role == identity.RoleCAOperator) {
+			t.Errorf("%s blocks keys: %v", role, got)
+		}
 		if got := slices.Contains(may(role), "POST /v1/cas/:ca/crl"); got != (role == identity.RoleCAOperator) {
 			t.Errorf("%s forces CRLs: %v", role, got)
 		}
@@ -113,7 +116,7 @@ func TestDescriptionMatchesTheTable(t *testing.T) {
 	}
 	described := map[string]bool{}
 	for _, r := range api.Routes() {
-		path := parameter.ReplaceAllString(r.Path, "{$1}")
+		path := parameter.ReplaceAllString(r.Path, "/{$1}")
 		item := doc.Paths.Value(path)
 		if item == nil || item.GetOperation(r.Method) == nil {
 			t.Errorf("%s %s is not described", r.Method, path)

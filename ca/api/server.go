@@ -58,6 +58,7 @@ type Viewer interface {
 type Journal interface {
 	Append(records ...journal.Record) error
 	Replay(fn func(journal.Entry) error) error
+	Select(q journal.Query, fn func(journal.Entry) error) error
 }
 
 // Config is what the interface needs. Fields without a default are mandatory.
@@ -67,6 +68,7 @@ type Config struct {
 	Revoker  Revoker              //
 	CRLs     CRLs                 //
 	Viewer   Viewer               //
+	Blocker  Blocker              //
 	Record   Record               //
 	Journal  Journal              //
 	Profiles *ca.Profiles         //
@@ -93,7 +95,7 @@ func New(cfg Config, on Listener) (http.Handler, error) {
 	switch {
 	case on != Public && on != Admin:
 		return nil, fmt.Errorf("api: a handler serves one listener, not %d", on)
-	case cfg.Identity == nil, cfg.Issuer == nil, cfg.Revoker == nil, cfg.CRLs == nil, cfg.Viewer == nil, cfg.Record == nil, cfg.Journal == nil, cfg.Profiles == nil,
+	case cfg.Identity == nil, cfg.Issuer == nil, cfg.Revoker == nil, cfg.CRLs == nil, cfg.Viewer == nil, cfg.Blocker == nil, cfg.Record == nil, cfg.Journal == nil, cfg.Profiles == nil,
 		cfg.Health == nil, cfg.Metrics == nil, cfg.BaseURL == "":
 		return nil, fmt.Errorf("api: a mandatory field of Config is missing")
 	}
@@ -134,7 +136,7 @@ func New(cfg Config, on Listener) (http.Handler, error) {
 		if route.Peer {
 			guard = s.permitPeer(route.Roles)
 		}
-		r.Handle(route.Method, route.Path, guard, func(c *gin.Context) { route.handle(s, c) })
+		r.Handle(route.Method, route.spelling(), guard, func(c *gin.Context) { route.handle(s, c) })
 	}
 	return r, nil
 }

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -64,12 +65,12 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 }
 
 // Key returns the key as it is now.
-func (k *Keys) Key(_ context.Context, id string) (ca.Signer, error) {
+func (k *Keys) Key(_ context.Context, name ca.KeyName) (ca.Signer, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	key, ok := k.keys[id]
+	key, ok := k.keys[name.ID]
 	if !ok {
-		return nil, fmt.Errorf("no key %q", id)
+		return nil, fmt.Errorf("no key %s", name)
 	}
 	now := *key
 	return &now, nil
@@ -184,7 +185,7 @@ func Start(t testing.TB, database db.Config, keys ca.KeySource, c Config) *Node 
 	n.Profiles, err = ca.NewProfiles(profile)
 	must(err)
 	n.Engine, err = ca.New(ca.Config{
-		Node: c.Name, Store: n.Store, Journal: n.Journal, Lane: n.Lane, Keys: keys, Profiles: n.Profiles, Epoch: epoch, BaseURL: "http://pki.test", Log: log,
+		Node: c.Name, Store: n.Store, Journal: n.Journal, Lane: n.Lane, Keys: keys, MACKeys: MACKeys(t), Profiles: n.Profiles, Epoch: epoch, BaseURL: "http://pki.test", Log: log,
 	})
 	must(err)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -206,6 +207,16 @@ func Start(t testing.TB, database db.Config, keys ca.KeySource, c Config) *Node 
 	must(err)
 	must(n.Engine.Started(Soon(t)))
 	return n
+}
+
+// MACKeys are those that all nodes of a test share.
+func MACKeys(t testing.TB) *db.MACKeys {
+	t.Helper()
+	keys, err := db.ParseMACKeys([]byte(strings.Repeat("7e57", 16)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
 }
 
 // Spec is a root CA "root" and an issuing CA "demo" with the keys of KeyIDs.

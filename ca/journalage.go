@@ -1,0 +1,126 @@
+package ca
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"trivet/db"
+	"trivet/journal"
+)
+
+// ErrJournalBehind is in the chain of CheckJournal's error when the database remembers more of this node than its journal does.
+var ErrJournalBehind = errors.New("this node's journal is older than the database: it is a copy from before, such as a restored snapshot, or belongs to another machine, or it is new")
+
+// journalAcknowledged is the audit event of an operator's word that an incarnation's records are gone.
+const journalAcknowledged = "journal-behind-acknowledged"
+
+const (
+	journalSlack = time.Hour           // around an intent's time in which its journal record is looked for
+	journalSpan  = 90 * 24 * time.Hour // how far back a node's newest intent is looked for
+)
+
+// WriterRecord is what CheckJournal asks of the database; *db.Store is it.
+type WriterRecord interface {
+	Writers(ctx context.Context, node string) ([]db.Writer, error)
+	IntentsAfter(ctx context.Context, node string, after time.Time, limit int) ([]db.Intent, error)
+}
+
+// CheckJournal compares the journal with what the database remembers of the node, before this incarnation has written anything there. Whatever a
+// journal lacks, this node cannot put back should the database lose it, and a machine that was cloned must not run twice; so a journal that lacks
+// an incarnation, or intents, is refused unless acknowledged names the incarnation, in hex. That is journalled, and counts for ever.
+func CheckJournal(ctx context.Context, record WriterRecord, j *journal.Journal, node string, acknowledged []string) error {
+	known := map[string]bool{}
+	err := j.Select(journal.Query{Kinds: []journal.Kind{journal.KindStart}}, func(e journal.Entry) error {
+		known[hex.EncodeToString(e.Incarnation[:])] = true
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("comparing the journal with the database: %w", err)
+	}
+	writers, err := record.Writers(ctx, node)
+	if err != nil {
+		return err
+	}
+	var unknown []string
+	newest := "" // incarnation that the database knows
+	for _, w := range writers {
+		if w.Role != roleCA {
+			continue
+		}
+		if newest = hex.EncodeToString(w.Incarnation[:]); !known[newest] {
+			unknown = append(unknown, newest)
+		}
+	}
+	if len(unknown) == 0 && newest != "" {
+		behind, err := lacksNewest(ctx, record, j, node)
+		if err != nil {
+			return err
+		}
+		if behind {
+			unknown = append(unknown, newest)
+		}
+	}
+	if len(unknown) > 0 {
+		if unknown, err = unacknowledged(j, unknown); err != nil {
+			return err
+		}
+	}
+	for _, id := range unknown {
+		if !slices.Contains(acknowledged, id) {
+			return fmt.Errorf("%w: the database knows incarnation %s of %s; put the right journal in its place, or, if it is gone and no other process runs as %s, add %s to acknowledge_journal in its configuration",
+				ErrJournalBehind, id, node, node, id)
+		}
+		entry, err := journal.New(journal.Audit{Actor: node, Event: journalAcknowledged, Object: id, Outcome: "accepted", Detail: "acknowledge_journal in the configuration"})
+		if err == nil {
+			err = j.Append(entry)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unacknowledged leaves out the incarnations that operators have given up.
+func unacknowledged(j *journal.Journal, ids []string) ([]string, error) {
+	given := map[string]bool{}
+	err := j.Select(journal.Query{Kinds: []journal.Kind{journal.KindAudit}}, func(e journal.Entry) error {
+		var a journal.Audit
+		if err := e.Decode(&a); err != nil {
+			return err
+		}
+		if a.Event == journalAcknowledged {
+			given[a.Object] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("comparing the journal with the database: %w", err)
+	}
+	return slices.DeleteFunc(ids, func(id string) bool { return given[id] }), nil
+}
+
+// lacksNewest tells whether the newest intent that the node put into the database is missing in its journal, where every intent is first: then the
+// journal is an older copy of itself.
+func lacksNewest(ctx context.Context, record WriterRecord, j *journal.Journal, node string) (bool, error) {
+	newest, err := record.IntentsAfter(ctx, node, time.Now().Add(-journalSpan), 1)
+	if err != nil || len(newest) == 0 {
+		return false, err
+	}
+	i := newest[0]
+	found := errors.New("found")
+	err = j.Select(journal.Query{
+		Kinds: []journal.Kind{journal.KindIntent}, Serial: hex.EncodeToString(i.Serial), Since: i.Created.Add(-journalSlack), Until: i.Created.Add(journalSlack),
+	}, func(journal.Entry) error { return found })
+	if errors.Is(err, found) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("comparing the journal with the database: %w", err)
+	}
+	return true, nil
+}

@@ -1,0 +1,230 @@
+package ca
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"trivet/db"
+)
+
+func lastRecon(report *db.RoundReport, node string) *db.Recon {
+	var last *db.Recon
+	for i := range report.Recons { // ordered by number
+		if report.Recons[i].Node == node {
+			last = &report.Recons[i]
+		}
+	}
+	return last
+}
+
+// roundEnd is the JSON of the end of a round.
+type roundEnd struct {
+	PutBack   int      `json:"put_back"`
+	Conflicts int      `json:"conflicts,omitempty"`
+	Covered   []string `json:"covered,omitempty"` // nodes that did not take part
+}
+
+// finish ends the round when every node has done its part, or others can speak for it.
+func (r *Rounds) finish(ctx context.Context, n uint64) error {
+	report, err := r.record.Round(ctx, n)
+	if err != nil || report == nil || report.End != nil {
+		return err
+	}
+	open, err := r.record.OpenLanes(ctx)
+	if err != nil {
+		return err
+	}
+	if last := lastRecon(report, r.cfg.Node); last == nil || last.Event == db.ReconBegun {
+		// What this node wrote of its part is gone: the database went back within the round.
+		r.unready()
+		return r.reconcile(ctx, n)
+	}
+	nodes := append([]string{r.cfg.Node}, r.cfg.Peers...)
+	for _, l := range open {
+		if l.Role == roleCA {
+			nodes = append(nodes, l.Node)
+		}
+	}
+	proved := report.Proved
+	var end roundEnd
+	for _, e := range report.Recons {
+		nodes = append(nodes, e.Node)
+		var p putBack
+		if json.Unmarshal(e.Detail, &p) == nil {
+			end.PutBack += p.total()
+			end.Conflicts += p.Conflicts
+		}
+		proved = proved || p.total() > 0
+	}
+	slices.Sort(nodes)
+	r.mu.Lock()
+	waited := time.Since(r.saw)
+	r.mu.Unlock()
+	var waiting []string
+	for _, node := range slices.Compact(nodes) {
+		last := lastRecon(report, node)
+		if last != nil && last.Event == db.ReconDone {
+			continue
+		}
+		if last != nil && last.Event == db.ReconCovered {
+			end.Covered = append(end.Covered, node)
+			continue
+		}
+		how := ""
+		switch {
+		case waited >= r.cfg.Absent && r.holdsFor(node, last, open):
+			how = "copies of its records are held by " + r.cfg.Node
+		case waited >= r.cfg.GiveUp && !proved:
+			how = "given up after " + r.cfg.GiveUp.String() + ": no loss is known, and no copies of its records are held by " + r.cfg.Node
+			r.cfg.Log.Error("recovery round goes on without a node: if the database has lost what it released, that is lost until it is back", "round", n, "node", node)
+		}
+		if how == "" {
+			waiting = append(waiting, node)
+			continue
+		}
+		if err := r.cover(ctx, n, node, last, open, how); err != nil {
+			return err
+		}
+		end.Covered = append(end.Covered, node)
+	}
+	r.mu.Lock()
+	r.waiting = waiting
+	r.mu.Unlock()
+	if len(waiting) > 0 {
+		if proved && waited >= r.cfg.GiveUp {
+			r.cfg.Log.Error("commits are lost, and nobody can tell what a node released: issuing stays shut until it is back, or until `pkictl recovery acknowledge`",
+				"round", n, "nodes", strings.Join(waiting, " "))
+		}
+		return nil
+	}
+	detail, err := json.Marshal(end)
+	if err != nil {
+		return err
+	}
+	err = r.record.EndRound(ctx, db.RoundEnd{N: n, Node: r.cfg.Node, Detail: detail})
+	if err != nil && db.ClassOf(err) != db.Duplicate {
+		return err
+	}
+	r.cfg.Log.Warn("recovery round has ended", "round", n, "put_back", end.PutBack, "conflicts", end.Conflicts, "covered", end.Covered)
+	_, err = r.read(ctx)
+	return err
+}
+
+// roleCA is how CA nodes call themselves as writers.
+const roleCA = "ca"
+
+// holdsFor tells whether copies are held of what the node's newest incarnations released.
+func (r *Rounds) holdsFor(node string, last *db.Recon, open []db.LaneInfo) bool {
+	if r.cfg.Held == nil {
+		return false
+	}
+	incarnations := map[string]bool{}
+	for _, l := range open {
+		if l.Node == node {
+			incarnations[hex.EncodeToString(l.Incarnation[:])] = true
+		}
+	}
+	if last != nil && len(last.Incarnation) == 16 {
+		incarnations[hex.EncodeToString(last.Incarnation)] = true
+	}
+	for incarnation := range incarnations {
+		if !r.cfg.Held.Holds(node, incarnation) {
+			return false
+		}
+	}
+	// Where every lane has an end, whatever is held is what there is.
+	return len(incarnations) > 0 || r.cfg.Held.Holds(node, "")
+}
+
+// cover lets a round go on without a node. Its lanes end first, those that it would open in this round too: should it wake up, nothing that it
+// is about to put back gets in, and its own row comes second.
+func (r *Rounds) cover(ctx context.Context, n uint64, node string, last *db.Recon, open []db.LaneInfo, how string) error {
+	return coverNode(ctx, r.record, n, node, last, open, r.cfg.Node, how)
+}
+
+type coverRecord interface {
+	CloseLane(ctx context.Context, lane, by string) (bool, error)
+	AppendRecon(ctx context.Context, r db.Recon) error
+}
+
+func coverNode(ctx context.Context, record coverRecord, n uint64, node string, last *db.Recon, open []db.LaneInfo, by, how string) error {
+	var lanes []string
+	for _, l := range open {
+		if l.Node == node {
+			lanes = append(lanes, l.Lane)
+		}
+	}
+	next := uint32(1)
+	if last != nil {
+		next = last.N + 1
+		if len(last.Incarnation) == 16 {
+			for kind := range laneKinds {
+				lanes = append(lanes, db.LaneName(node, [16]byte(last.Incarnation), roundLane(n, kind, 0)))
+			}
+		}
+	}
+	for _, lane := range lanes {
+		if _, err := record.CloseLane(ctx, lane, by); err != nil {
+			return fmt.Errorf("closing lane %s: %w", lane, err)
+		}
+	}
+	detail, err := json.Marshal(map[string]string{"how": how})
+	if err != nil {
+		return err
+	}
+	err = record.AppendRecon(ctx, db.Recon{Round: n, Node: node, N: next, Event: db.ReconCovered, Witness: by, Detail: detail})
+	if db.ClassOf(err) == db.Duplicate {
+		return fmt.Errorf("recovery round %d: %s has moved meanwhile: %w", n, node, errMovedOn)
+	}
+	return err
+}
+
+var errMovedOn = errors.New("look again")
+
+// laneKinds is how many lanes a node has at once: of certificates and of status.
+const laneKinds = 2
+
+// roundLane is the index of a lane that is opened in a round. The tries after the first are for nodes that came too late: others have ended
+// the first one's lanes.
+func roundLane(round uint64, kind, try int) int { return int(round)*100 + try*laneKinds + kind }
+
+// acknowledgeAfter is the default of RoundsConfig.Absent: a node that was paused for less may release what it read before.
+const acknowledgeAfter = 10 * time.Second
+
+// AcknowledgeAbsent lets the round that is under way end without a node, on an operator's word, and returns its number.
+func AcknowledgeAbsent(ctx context.Context, record RoundRecord, node, by string) (uint64, error) {
+	for {
+		state, err := record.RoundState(ctx)
+		if err != nil {
+			return 0, err
+		}
+		report, err := record.Round(ctx, state.N)
+		switch {
+		case err != nil:
+			return 0, err
+		case report == nil || report.End != nil:
+			return 0, errors.New("no recovery round is under way: there is nothing to acknowledge")
+		case time.Since(report.Created) < acknowledgeAfter:
+			return 0, fmt.Errorf("recovery round %d began just now: give the node %s to take part", state.N, acknowledgeAfter)
+		}
+		last := lastRecon(report, node)
+		if last != nil && last.Event != db.ReconBegun {
+			return state.N, nil
+		}
+		open, err := record.OpenLanes(ctx)
+		if err != nil {
+			return 0, err
+		}
+		err = coverNode(ctx, record, state.N, node, last, open, by, "acknowledged by an operator: what it released and the database lost is lost")
+		if errors.Is(err, errMovedOn) {
+			continue
+		}
+		return state.N, err
+	}
+}
