@@ -2,7 +2,6 @@ package ocsp
 
 import (
 	"context"
-	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -47,7 +46,7 @@ func (is *issuer) crlDocument() *document {
 // catalog is every issuer of the record, and how CertIDs and paths find it. It is safe for concurrent use.
 type catalog struct {
 	record Record
-	signer func(ctx context.Context, group, key string) (crypto.Signer, error)
+	signer func(ctx context.Context, group, key string) (Signer, error)
 	ready  func(*issuer) // called when an issuer can sign from now on
 	log    *slog.Logger
 

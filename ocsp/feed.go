@@ -28,13 +28,20 @@ const (
 )
 
 var (
-	// errDivergent means that a database node's history is not a continuation of what was applied.
-	errDivergent = errors.New("feed diverges")
 	// errUnread means a row that this version must understand and does not.
 	errUnread = errors.New("feed holds a row that this version cannot read: upgrade this node")
 	// errSuperseded means that another process has registered under this node's name.
 	errSuperseded = errors.New("another process has registered under this node's name: stop one of the two")
 )
+
+// divergence means that a database node's history is not a continuation of what was applied: of lane, up to seq.
+type divergence struct {
+	lane string
+	seq  uint64
+	what string
+}
+
+func (d *divergence) Error() string { return "feed diverges: lane " + d.lane + " " + d.what }
 
 // Head is one causal reading of the record.
 type Head struct {
@@ -42,6 +49,8 @@ type Head struct {
 	Rows []db.FeedRow
 	// More says that there are further rows: nothing follows from this reading but its rows.
 	More bool
+	// Round says whether a recovery round is under way: then the database may lack revocations that were acknowledged.
+	Round db.RoundState
 	// Member is this node's newest row in va_member; nil when there is none.
 	Member *db.Member
 }
@@ -154,9 +163,11 @@ func (f *follower) advance(ctx context.Context) error {
 			return err
 		}
 		if err := f.apply(head.Rows); err != nil {
-			if !errors.Is(err, errDivergent) {
+			var d *divergence
+			if !errors.As(err, &d) {
 				return err
 			}
+			f.record.Accuse(node, d.lane, d.seq)
 			f.metrics.divergences.Inc()
 			f.log.Error("database node has another history than what this node applied: rebuild it by full state transfer",
 				"database", node, "err", err)
@@ -183,6 +194,11 @@ func (f *follower) advance(ctx context.Context) error {
 		}
 		if node == f.avoid || asked >= f.avoidUntil {
 			f.setDiverged("")
+		}
+		// While the database may lack what was acknowledged, only a node whose lease has never run out since goes on: every
+		// acknowledgement waited for it, so that it has what is lost. Any other waits until it has been put back.
+		if !head.Round.Open() && !f.lease.valid() {
+			return fmt.Errorf("recovery round %d is under way, and this node may not have all that was acknowledged before", head.Round.N)
 		}
 		f.lease.extend(asked)
 		f.asked.Store(int64(asked))
@@ -281,13 +297,13 @@ func (f *follower) applyRow(row *db.FeedRow) error {
 	case row.Seq <= lane.seq:
 		return nil // seen
 	case lane.closed:
-		return fmt.Errorf("%w: lane %s has row %d beyond its end %d", errDivergent, row.Lane, row.Seq, lane.seq)
+		return &divergence{row.Lane, lane.seq, fmt.Sprintf("has row %d beyond its end %d", row.Seq, lane.seq)}
 	case row.Seq != lane.seq+1:
-		return fmt.Errorf("%w: lane %s has a hole between %d and %d", errDivergent, row.Lane, lane.seq, row.Seq)
+		return &divergence{row.Lane, lane.seq, fmt.Sprintf("has a hole between %d and %d", lane.seq, row.Seq)}
 	}
 	chain := db.ChainHash(lane.chain, *row)
 	if chain != row.Chain {
-		return fmt.Errorf("%w: lane %s row %d does not extend the hash chain", errDivergent, row.Lane, row.Seq)
+		return &divergence{row.Lane, lane.seq, fmt.Sprintf("row %d does not extend the hash chain", row.Seq)}
 	}
 	closed, err := f.merge(row)
 	if err != nil {

@@ -86,6 +86,11 @@ func TestDivergentDatabaseNodeIsPassedOver(t *testing.T) {
 			if !strings.Contains(alarm, "db1") {
 				t.Errorf("the node is not named: %q", alarm)
 			}
+			n.record.locked(func() {
+				if len(n.record.accused) == 0 || n.record.accused[0] != "db1 ca1/0 2" {
+					t.Errorf("accused: %q", n.record.accused)
+				}
+			})
 
 			// Every node diverges: nothing is vouched for any more.
 			n.record.locked(func() { n.record.altered["db2"] = alter; n.record.altered["db3"] = alter })

@@ -134,7 +134,7 @@ func live(t *testing.T, cfg db.Config, a *authority, name string, p ocsp.Policy)
 	va, err := ocsp.New(ocsp.Config{
 		Node: name, Incarnation: incarnation, Policy: p,
 		Record: ocsp.NewRecord(store, db.Member{VA: name, Policy: string(p), Address: "127.93.2.1:8443", Incarnation: incarnation[:]}),
-		Signer: func(context.Context, string, string) (crypto.Signer, error) { return a.signer, nil },
+		Signer: func(context.Context, string, string) (ocsp.Signer, error) { return a.signer, nil },
 		Log:    slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelWarn})), Metrics: prometheus.NewRegistry(),
 	})
 	must(t, err)
@@ -305,4 +305,33 @@ func TestInternalListenerAnswersTheBarrierForCAsOnly(t *testing.T) {
 			t.Errorf("seq %d: %+v", seq, applied)
 		}
 	}
+}
+
+// TestDatabaseNodeOfOldContentsIsNamedAndAnotherRead: one of two nodes comes back with old contents and claims to be synced. The VA that met it
+// names it, its store keeps it out of use, and what is answered stays true and current.
+func TestDatabaseNodeOfOldContentsIsNamedAndAnotherRead(t *testing.T) {
+	cfg := database(t)
+	a := newAuthority(t, "demo")
+	w := newWriter(t, open(t, cfg), "ca1")
+	w.generation(a)
+	w.issue("demo-g1", goodSerial)
+	va := live(t, cfg, a, "ocsp1", ocsp.Strict)
+	dbtest.Until(t, "it serves", able(va, "ocsp:demo-g1"))
+	w.issue("demo-g1", revokedSerial)
+	w.revoke("demo-g1", revokedSerial, 0)
+
+	cluster.End(1)
+	name := "`" + cfg.Name + "`."
+	cluster.Tamper(t, 1, "DELETE FROM "+name+"feed WHERE kind = 3", "DELETE FROM "+name+"revocation")
+	cluster.Restart(t, 1)
+	t.Cleanup(func() { cluster.Renew(t, 1) })
+	store := open(t, cfg)
+	dbtest.Until(t, "the node is named", func() bool { return store.Nodes()[1].Diverged })
+	late := []byte{0x41, 0x42}
+	w.issue("demo-g1", late)
+	for serial, want := range map[string]string{string(late): "good", string(revokedSerial): "revoked", string(goodSerial): "good"} {
+		dbtest.Until(t, "status is "+want, func() bool { return says(ask(t, va.Public(), "/ocsp", a, []byte(serial), crypto.SHA1)) == want })
+	}
+	newer := live(t, cfg, a, "ocsp2", ocsp.Strict) // one that was not there before
+	dbtest.Until(t, "the new one says revoked", func() bool { return says(ask(t, newer.Public(), "/ocsp", a, revokedSerial, crypto.SHA1)) == "revoked" })
 }

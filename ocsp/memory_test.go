@@ -2,7 +2,6 @@ package ocsp_test
 
 import (
 	"context"
-	"crypto"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -21,6 +20,7 @@ type memory struct {
 	mu          sync.Mutex
 	incarnation [16]byte
 	lanes       map[string][]db.FeedRow
+	accused     []string
 	altered     map[string]func([]db.FeedRow) []db.FeedRow // what a node shows instead
 	nodes       []string
 	members     []db.Member
@@ -102,6 +102,10 @@ func (m *memory) Leave(_ context.Context, n uint32) error {
 		m.member("out", m.incarnation)
 	}
 	return nil
+}
+
+func (m *memory) Accuse(node, lane string, seq uint64) {
+	m.locked(func() { m.accused = append(m.accused, fmt.Sprintf("%s %s %d", node, lane, seq)) })
 }
 
 func (m *memory) Generations(context.Context) ([]ocsp.Generation, error) {
@@ -194,7 +198,7 @@ func start(t testing.TB, record *memory, authorities []*authority, options ...op
 	cfg := ocsp.Config{
 		Node: "ocsp1", Incarnation: record.incarnation, Record: record, BootTime: n.clock.read,
 		Log: slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelWarn})),
-		Signer: func(_ context.Context, _, key string) (crypto.Signer, error) {
+		Signer: func(_ context.Context, _, key string) (ocsp.Signer, error) {
 			for _, a := range authorities {
 				if a.name == key {
 					return a.signer, nil

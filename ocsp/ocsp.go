@@ -9,7 +9,6 @@ package ocsp
 
 import (
 	"context"
-	"crypto"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -46,9 +45,8 @@ type Config struct {
 	Policy Policy
 	// Record is where facts come from.
 	Record Record
-	// Signer finds a responder's key by HSM group and key id. It may be called again and again and must honour ctx. The key must be
-	// safe for concurrent use and should gather concurrent calls: up to 64 signatures are asked for at once.
-	Signer func(ctx context.Context, group, key string) (crypto.Signer, error)
+	// Signer finds a responder's key by HSM group and key id. It may be called again and again and must honour ctx.
+	Signer func(ctx context.Context, group, key string) (Signer, error)
 	// Now tells the time that answers show; nil is time.Now. Leases are never counted by it.
 	Now func() time.Time
 	// BootTime reads the clock that leases are counted by; nil is CLOCK_BOOTTIME.

@@ -1,6 +1,7 @@
 package ocsp_test
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -8,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"io"
 	"math/big"
 	"os"
@@ -96,7 +98,6 @@ type faultySigner struct {
 	corrupt atomic.Bool
 	gate    atomic.Pointer[chan struct{}] // while set, a signature is made but not handed out before the channel is closed
 	held    atomic.Int32                  // signatures waiting at the gate
-	made    atomic.Int64
 }
 
 func (f *faultySigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
@@ -111,8 +112,23 @@ func (f *faultySigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) 
 	if f.corrupt.Load() {
 		sig[len(sig)-1] ^= 1
 	}
-	f.made.Add(1)
 	return sig, err
+}
+
+// SignBatch keeps the promise of ocsp.Signer: a corrupt signature is an error.
+func (f *faultySigner) SignBatch(_ context.Context, digests [][]byte) ([][]byte, error) {
+	sigs := make([][]byte, len(digests))
+	for i, d := range digests {
+		sig, err := f.Sign(nil, d, crypto.SHA256)
+		if err != nil {
+			return nil, err
+		}
+		if !ecdsa.VerifyASN1(f.Public().(*ecdsa.PublicKey), d, sig) {
+			return nil, errors.New("signature does not verify")
+		}
+		sigs[i] = sig
+	}
+	return sigs, nil
 }
 
 func newKey(t testing.TB) *ecdsa.PrivateKey {

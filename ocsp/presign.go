@@ -3,6 +3,7 @@ package ocsp
 import (
 	"container/heap"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -22,8 +23,13 @@ const (
 	backdate = time.Minute
 	// afterlife is how long past its notAfter a certificate is still answered for.
 	afterlife = 24 * time.Hour
-	// workers that sign ahead. The key gathers their calls into batches.
-	workers = 64
+	// workers that sign ahead, each a batch at a time. A batch costs its way to the HSM whatever its size, so what was newly issued gathers for a
+	// moment; whoever asks meanwhile has it signed at once. What was revoked does not wait.
+	workers   = 4
+	maxBatch  = 64
+	gatherFor = 50 * time.Millisecond
+	// batchTimeout bounds the signing of one batch.
+	batchTimeout = 5 * time.Second
 	// liveSigners may sign at a request's behest at one time; further requests are told to try later.
 	liveSigners = 256
 	// retryAfter a failed signature; the worker that met it rests for pause, so that an outage of the key is not a storm.
@@ -78,12 +84,13 @@ type presigner struct {
 
 	complain rate.Sometimes
 
-	mu      sync.Mutex
-	wake    *sync.Cond
-	revoked []job // mu
-	issued  []job // mu
-	later   dues  // mu: refreshes and retries
-	closed  bool  // mu
+	mu       sync.Mutex
+	wake     *sync.Cond
+	revoked  []job // mu
+	issued   []job // mu
+	gathered bool  // mu: the first of issued has waited for long enough
+	later    dues  // mu: refreshes and retries
+	closed   bool  // mu
 }
 
 func newPresigner(now func() time.Time, log *slog.Logger, m *metrics) *presigner {
@@ -100,10 +107,23 @@ func (p *presigner) enqueue(state State, j job) {
 	case Revoked:
 		p.revoked = append(p.revoked, j)
 	case Good:
-		p.issued = append(p.issued, j)
+		if p.issued = append(p.issued, j); len(p.issued) == 1 {
+			p.gathered = false
+			time.AfterFunc(gatherFor, p.endGathering)
+		}
+		if len(p.issued) < maxBatch {
+			return
+		}
 	default:
 		return
 	}
+	p.wake.Signal()
+}
+
+func (p *presigner) endGathering() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gathered = true
 	p.wake.Signal()
 }
 
@@ -125,6 +145,7 @@ func (p *presigner) enqueueAll(is *issuer) {
 	for _, s := range good {
 		p.issued = append(p.issued, job{is, s, hashSHA1})
 	}
+	p.gathered = true
 	p.wake.Broadcast()
 }
 
@@ -140,11 +161,11 @@ func (p *presigner) run(ctx context.Context) error {
 	for range workers {
 		wg.Go(func() {
 			for {
-				j, ok := p.next()
-				if !ok {
+				batch := p.next()
+				if batch == nil {
 					return
 				}
-				if !p.work(j) {
+				if !p.work(ctx, batch) {
 					select {
 					case <-time.After(pause):
 					case <-ctx.Done():
@@ -174,56 +195,108 @@ func (p *presigner) run(ctx context.Context) error {
 	}
 }
 
-// next waits for the most urgent job; false when there is nothing more to do.
-func (p *presigner) next() (job, bool) {
+// next waits for the most urgent jobs, all of one issuer; nil when there is nothing more to do.
+func (p *presigner) next() []job {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
 		switch {
 		case p.closed:
-			return job{}, false
+			return nil
 		case len(p.revoked) > 0:
-			return pop(&p.revoked), true
-		case len(p.issued) > 0:
-			return pop(&p.issued), true
-		case len(p.later) > 0 && p.later[0].at <= p.now().Unix():
-			return heap.Pop(&p.later).(due).job, true
+			return take(&p.revoked)
+		case len(p.issued) >= maxBatch || p.gathered && len(p.issued) > 0:
+			return take(&p.issued)
+		case p.overdue():
+			batch := []job{heap.Pop(&p.later).(due).job}
+			for len(batch) < maxBatch && p.overdue() && p.later[0].issuer == batch[0].issuer {
+				batch = append(batch, heap.Pop(&p.later).(due).job)
+			}
+			return batch
 		}
 		p.wake.Wait()
 	}
 }
 
-func pop(q *[]job) job {
-	j := (*q)[0]
-	if *q = (*q)[1:]; len(*q) == 0 {
+// overdue says whether a refresh or retry is due. The caller holds p.mu.
+func (p *presigner) overdue() bool { return len(p.later) > 0 && p.later[0].at <= p.now().Unix() }
+
+// take removes the first jobs of one issuer from a queue that has some.
+func take(q *[]job) []job {
+	n := 1
+	for n < min(len(*q), maxBatch) && (*q)[n].issuer == (*q)[0].issuer {
+		n++
+	}
+	batch := (*q)[:n:n]
+	if *q = (*q)[n:]; len(*q) == 0 {
 		*q = nil // gives the memory back
 	}
-	return j
+	return batch
 }
 
-// work signs one job, unless somebody did already, and sees to its refresh or retry. False means that the key failed.
-func (p *presigner) work(j job) bool {
-	view, ok := j.issuer.table.Lookup(j.serial)
-	now := p.now()
-	if !ok || view.State == TryLater || view.ended(now) {
-		return true
+// work signs jobs of one issuer, but for those that somebody signed already, and sees to their refresh or retry. False means that the key failed.
+func (p *presigner) work(ctx context.Context, batch []job) bool {
+	drafts := make([]draft, 0, len(batch))
+	digests := make([][]byte, 0, len(batch))
+	for _, j := range batch {
+		now := p.now()
+		view, ok := j.issuer.table.Lookup(j.serial)
+		if !ok || view.State == TryLater || view.ended(now) {
+			continue
+		}
+		if sig := view.signatures[j.hash]; sig != nil && now.Unix() < sig.refreshAt(j.serial) {
+			continue // whoever made it has scheduled its refresh
+		}
+		d, err := newDraft(j, view, now)
+		if errors.Is(err, errNoResponder) {
+			return true // enqueueAll follows once there is one
+		}
+		if err != nil {
+			p.retry(err, j)
+			continue
+		}
+		drafts, digests = append(drafts, d), append(digests, d.digest[:])
 	}
-	if sig := view.signatures[j.hash]; sig != nil && now.Unix() < sig.refreshAt(j.serial) {
-		return true // whoever made it has scheduled its refresh
+	for len(drafts) > 0 { // once, unless the responder changed between two drafts
+		n := 1
+		for n < len(drafts) && drafts[n].by == drafts[0].by {
+			n++
+		}
+		if err := p.signAll(ctx, drafts[:n], digests[:n]); err != nil {
+			for _, d := range drafts {
+				p.retry(err, d.job)
+			}
+			return false
+		}
+		drafts, digests = drafts[n:], digests[n:]
 	}
-	err := p.sign(j)
-	switch {
-	case err == nil, errors.Is(err, errOutdated):
-		return true // an outdated one: the change has enqueued its successor
-	case errors.Is(err, errNoResponder):
-		return true // enqueueAll follows once there is one
+	return true
+}
+
+// signAll signs and keeps drafts of one responder. It trusts the signer's promise that every signature was verified.
+func (p *presigner) signAll(ctx context.Context, drafts []draft, digests [][]byte) error {
+	ctx, cancel := context.WithTimeout(ctx, batchTimeout)
+	defer cancel()
+	values, err := drafts[0].by.signer.SignBatch(ctx, digests)
+	if err != nil {
+		return fmt.Errorf("signing %d OCSP responses: %w", len(drafts), err)
 	}
+	if len(values) != len(drafts) {
+		return fmt.Errorf("signing %d OCSP responses: %d signatures", len(drafts), len(values))
+	}
+	for i := range drafts {
+		_ = p.keep(drafts[i], values[i]) // an outdated one: the change has enqueued its successor
+	}
+	return nil
+}
+
+// retry has a job done again in a second, and says why at times.
+func (p *presigner) retry(err error, j job) {
 	p.metrics.signFailures.Inc()
 	p.complain.Do(func() {
 		p.log.Warn("OCSP answers are not signed, trying again", "issuer", j.issuer.name, "serial", j.serial.String(), "err", err)
 	})
-	p.schedule(now.Add(retryAfter).Unix(), j)
-	return false
+	p.schedule(p.now().Add(retryAfter).Unix(), j)
 }
 
 // demand signs one answer for a request that waits for it, at most once at a time per answer, and returns when it is
@@ -254,29 +327,50 @@ func (p *presigner) sign(j job) error {
 	if !ok || view.State == TryLater {
 		return errNoStatus
 	}
+	d, err := newDraft(j, view, p.now())
+	if err != nil {
+		return err
+	}
+	value, err := d.by.sign(d.digest[:])
+	if err != nil {
+		return err
+	}
+	return p.keep(d, value)
+}
+
+// draft is an answer that is about to be signed.
+type draft struct {
+	job
+	epoch      uint32 // of the status that it shows
+	by         *responder
+	this, next int64
+	digest     [sha256.Size]byte
+}
+
+func newDraft(j job, view View, now time.Time) (draft, error) {
 	known, r := j.issuer.known.Load(), j.issuer.responder.Load()
 	if known == nil || r == nil {
-		return errNoResponder
+		return draft{}, errNoResponder
 	}
-	id, now := &known.ids[j.hash], p.now()
 	this, next, err := window(known, r, now, view.RevokedAt)
 	if err != nil {
-		return err
+		return draft{}, err
 	}
-	tbs, err := encodeTBS(r, []single{{id, j.serial, view.Status}}, this, next)
+	tbs, err := encodeTBS(r, []single{{&known.ids[j.hash], j.serial, view.Status}}, this, next)
 	if err != nil {
-		return err
+		return draft{}, err
 	}
-	value, err := r.sign(tbs)
-	if err != nil {
-		return err
-	}
-	sig := &Signature{value: value, thisUpdate: this, nextUpdate: next, by: r}
-	if !j.issuer.table.publish(j.serial, j.hash, view.Epoch, sig) {
+	return draft{job: j, epoch: view.Epoch, by: r, this: this, next: next, digest: sha256.Sum256(tbs)}, nil
+}
+
+// keep publishes a signature, unless the status changed meanwhile, and schedules its refresh.
+func (p *presigner) keep(d draft, value []byte) error {
+	sig := &Signature{value: value, thisUpdate: d.this, nextUpdate: d.next, by: d.by}
+	if !d.issuer.table.publish(d.serial, d.hash, d.epoch, sig) {
 		return errOutdated
 	}
 	p.metrics.signed.Inc()
-	p.schedule(max(sig.refreshAt(j.serial), now.Add(minRefresh).Unix()), j)
+	p.schedule(max(sig.refreshAt(d.serial), p.now().Add(minRefresh).Unix()), d.job)
 	return nil
 }
 

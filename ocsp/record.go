@@ -24,6 +24,8 @@ type Record interface {
 	Join(ctx context.Context) (uint32, error)
 	// Leave durably ends the membership begun by row n, unless another row ended it.
 	Leave(ctx context.Context, n uint32) error
+	// Accuse says that a node showed a lane that does not continue after seq: it is to be compared with the others.
+	Accuse(node, lane string, seq uint64)
 	// Generations reads every CA generation with its newest responder and complete CRL, causally.
 	Generations(ctx context.Context) ([]Generation, error)
 }
@@ -75,6 +77,9 @@ func (r *record) Head(ctx context.Context, except string, vector map[string]uint
 		case err == nil:
 			head.Member = &m
 		case !errors.Is(err, sql.ErrNoRows):
+			return err
+		}
+		if head.Round, err = db.ReadRoundState(ctx, c); err != nil {
 			return err
 		}
 		lanes, err := db.Lanes(ctx, c)
@@ -151,6 +156,9 @@ func (r *record) append(ctx context.Context, n uint32, event string) error {
 	row.N, row.Event = n, event
 	return r.store.InsertMember(ctx, row)
 }
+
+// Accuse implements Record.
+func (r *record) Accuse(node, lane string, seq uint64) { r.store.Accuse(node, lane, seq) }
 
 // Generations implements Record.
 func (r *record) Generations(ctx context.Context) ([]Generation, error) {

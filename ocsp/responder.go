@@ -292,7 +292,8 @@ func (is *issuer) signMany(singles []single, now time.Time, revokedAt int64) (m 
 		m.err = err
 		return m
 	}
-	value, err := r.sign(tbs)
+	digest := sha256.Sum256(tbs)
+	value, err := r.sign(digest[:])
 	if err != nil {
 		m.err = err
 		return m

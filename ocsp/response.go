@@ -1,6 +1,7 @@
 package ocsp
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
@@ -73,12 +74,20 @@ type responder struct {
 	cert      *x509.Certificate
 	id        []byte // SHA-1 of the key bits: ResponderID byKey is always SHA-1
 	algorithm asn1.ObjectIdentifier
-	signer    crypto.Signer
+	signer    Signer
+}
+
+// Signer is a responder's key wherever copies of it live. It is safe for concurrent use.
+type Signer interface {
+	crypto.Signer
+	// SignBatch signs every SHA-256 digest, in order, or none, and returns by the context's deadline. Every signature it returns has been verified with
+	// Public: whoever can ask another copy of the key for a better one is who checks.
+	SignBatch(ctx context.Context, digests [][]byte) (signatures [][]byte, err error)
 }
 
 // newResponder pairs a certificate with its key and checks what RFC 6960 4.2.2.2 and the profile demand: issued by
 // the CA key itself, OCSPSigning, and the key belonging to the certificate.
-func newResponder(ca, cert *x509.Certificate, signer crypto.Signer) (*responder, error) {
+func newResponder(ca, cert *x509.Certificate, signer Signer) (*responder, error) {
 	if err := cert.CheckSignatureFrom(ca); err != nil {
 		return nil, fmt.Errorf("checking the responder certificate against the CA's key: %w", err)
 	}
@@ -113,19 +122,18 @@ func newResponder(ca, cert *x509.Certificate, signer crypto.Signer) (*responder,
 	return r, nil
 }
 
-// sign signs and verifies: a signature that does not verify against the responder's certificate is never returned.
-func (r *responder) sign(tbs []byte) ([]byte, error) {
-	digest := sha256.Sum256(tbs)
-	sig, err := r.signer.Sign(nil, digest[:], crypto.SHA256)
+// sign signs a digest and verifies: a signature that does not verify against the responder's certificate is never returned.
+func (r *responder) sign(digest []byte) ([]byte, error) {
+	sig, err := r.signer.Sign(nil, digest, crypto.SHA256)
 	if err != nil {
 		return nil, fmt.Errorf("signing an OCSP response: %w", err)
 	}
 	ok := false
 	switch key := r.cert.PublicKey.(type) {
 	case *ecdsa.PublicKey:
-		ok = ecdsa.VerifyASN1(key, digest[:], sig)
+		ok = ecdsa.VerifyASN1(key, digest, sig)
 	case *rsa.PublicKey:
-		ok = rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], sig) == nil
+		ok = rsa.VerifyPKCS1v15(key, crypto.SHA256, digest, sig) == nil
 	}
 	if !ok {
 		return nil, errBadSignature
