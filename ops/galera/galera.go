@@ -12,16 +12,17 @@
 // # Restart
 //
 // Restart a node that died with Command(ctx, n, false): the others are still there. It
-// rejoins by incremental transfer when a peer's gcache still holds what it missed.
+// rejoins by incremental transfer when a peer's gcache still holds what it missed. A lone node never
+// founds by itself: it joins, and waits until somebody is primary.
 //
 // # All nodes down
 //
 // Never bootstrap the node that happens to be at hand: what only another one holds would be
-// lost. (1) Make sure that every mariadbd is stopped. (2) On every node: Recover.
-// (3) The node with the highest seqno of the one history is the seed (Seed does this, and
-// refuses when the histories differ or a position is unknown). (4) MarkSafe on the seed,
-// start it with bootstrap, WaitSynced. (5) Start the others, one after another, without.
-// RestartOrder does 2 to 4 for nodes whose directories are on this machine.
+// lost. Inspect every node, on its own host (Survey where all are on this machine); Choose finds the node that holds
+// everything, or refuses and says what is missing. Prime that node with the plan, start it with bootstrap,
+// WaitSynced, then start the others, one after another, without. The state UUID stays, so that the others join incrementally,
+// unless an operator gave a node up: then it changes, so that the lost past cannot come back with that node, and so
+// that CA nodes learn that commits may be missing.
 //
 // # Privileges
 //
@@ -31,6 +32,7 @@
 package galera
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -69,7 +71,12 @@ type Node struct {
 	GCache     string        // gcache.size, "128M" if empty: bytes written per second × longest outage to survive without a full transfer
 	Suspect    time.Duration // evs.suspect_timeout, 1s if zero; the other group timeouts follow from it
 	TLS        *TLS          // nil: no TLS
+
+	files files // of a node that Load found elsewhere than Prepare puts it
 }
+
+// files overrides where a node's files are.
+type files struct{ config, data, socket string }
 
 // TLS names PEM files. Prepare copies them into Dir, readable by mariadbd alone. They serve
 // clients on the SQL port (server certificate; a client certificate is verified if given) and
@@ -79,13 +86,13 @@ type Node struct {
 type TLS struct{ Cert, Key, CA string }
 
 // Data returns the data directory.
-func (n Node) Data() string { return filepath.Join(n.Dir, "data") }
+func (n Node) Data() string { return cmp.Or(n.files.data, filepath.Join(n.Dir, "data")) }
 
 // Socket returns the path of the administrator's socket.
-func (n Node) Socket() string { return filepath.Join(n.Dir, "sql.sock") }
+func (n Node) Socket() string { return cmp.Or(n.files.socket, filepath.Join(n.Dir, "sql.sock")) }
 
 // Config returns the path of the configuration that Prepare renders.
-func (n Node) Config() string { return filepath.Join(n.Dir, "node.cnf") }
+func (n Node) Config() string { return cmp.Or(n.files.config, filepath.Join(n.Dir, "node.cnf")) }
 
 // SQL returns host:port for clients.
 func (n Node) SQL() string { return net.JoinHostPort(n.Address, PortSQL) }
@@ -144,10 +151,7 @@ func Prepare(ctx context.Context, n Node) error {
 	if err := os.WriteFile(n.Config(), cnf, 0o644); err != nil {
 		return fmt.Errorf("preparing %s: %w", n.Name, err)
 	}
-	if n.installed() {
-		return nil
-	}
-	return n.install(ctx)
+	return Install(ctx, n)
 }
 
 // Command returns the command that runs mariadbd in the foreground, logging to its standard
@@ -155,7 +159,7 @@ func Prepare(ctx context.Context, n Node) error {
 // position that the storage engine reached (which needs mariadbd to be stopped and takes about
 // a second), so that a node that was killed rejoins incrementally.
 //
-// bootstrap founds a new primary component; use MayBootstrap to decide. As root the
+// bootstrap founds a new primary component: only for the first node of Found, and for the one that Prime made ready. As root the
 // command runs as user mysql. SIGTERM stops mariadbd gracefully.
 func Command(ctx context.Context, n Node, bootstrap bool) (*exec.Cmd, error) {
 	var args []string
@@ -163,7 +167,12 @@ func Command(ctx context.Context, n Node, bootstrap bool) (*exec.Cmd, error) {
 	if err != nil {
 		return nil, err
 	}
-	if pos.Known() {
+	// Voided by the provider, or by Prime for a new history: the storage engine's position is then not to be believed.
+	st, err := readState(filepath.Join(n.Data(), "grastate.dat"))
+	if err != nil {
+		return nil, fmt.Errorf("starting %s: %w", n.Name, err)
+	}
+	if pos.Known() && st != nil && st.UUID != noHistory {
 		args = append(args, "--wsrep-start-position="+pos.raw)
 	}
 	if bootstrap {

@@ -129,11 +129,7 @@ func (r *rig) found() {
 		r.t.Fatalf("first %t, %v", first, err)
 	}
 	for i := range r.nodes {
-		may, err := galera.MayBootstrap(r.ctx(), r.nodes[i], galera.Primary(r.nodes))
-		if err != nil || may != (i == 0) {
-			r.t.Fatalf("node %d may bootstrap: %t, %v", i, may, err)
-		}
-		r.start(i, may)
+		r.start(i, i == 0)
 	}
 }
 
@@ -160,62 +156,6 @@ func (r *rig) count(i int, q string) (n int) {
 		r.t.Fatal(err)
 	}
 	return n
-}
-
-// Phases: found; write; kill every node; restart from the one that holds most; then one node loses its data and fetches everything.
-func TestAllNodesDownAndOneWithoutData(t *testing.T) {
-	r := newRig(t, "127.90.2", 3, nil)
-	r.found()
-	if n := r.count(0, "SELECT COUNT(*) FROM mysql.global_priv WHERE User = '' OR (User = 'root' AND Host <> 'localhost')"); n != 0 {
-		t.Errorf("%d accounts that should not be", n)
-	}
-	r.exec(0, "CREATE TABLE trivet.t (a INT PRIMARY KEY)")
-	for i := range 30 {
-		r.exec(i%3, fmt.Sprintf("INSERT INTO trivet.t VALUES (%d)", i))
-	}
-	// db1 misses what is written after its death, so it must not be the one that founds the cluster anew.
-	r.kill(0)
-	r.exec(1, "INSERT INTO trivet.t VALUES (100)")
-	r.kill(1)
-	r.kill(2)
-	for i := range r.nodes {
-		if may, err := galera.MayBootstrap(r.ctx(), r.nodes[i], galera.Primary(r.nodes)); may || err != nil {
-			t.Errorf("node %d may bootstrap after a crash: %t, %v", i, may, err)
-		}
-	}
-	order, err := galera.RestartOrder(r.ctx(), r.nodes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if order[0].Name == "db1" {
-		t.Error("the node that missed a write is the seed")
-	}
-	for k, n := range order {
-		for i := range r.nodes {
-			if r.nodes[i].Name == n.Name {
-				r.start(i, k == 0)
-			}
-		}
-	}
-	for i := range r.nodes {
-		if n := r.count(i, "SELECT COUNT(*) FROM trivet.t"); n != 31 {
-			t.Errorf("node %d holds %d rows, want 31", i, n)
-		}
-	}
-	r.kill(2)
-	if err := os.RemoveAll(r.nodes[2].Data()); err != nil {
-		t.Fatal(err)
-	}
-	if err := galera.Prepare(r.ctx(), r.nodes[2]); err != nil {
-		t.Fatal(err)
-	}
-	r.start(2, false)
-	if n := r.count(2, "SELECT COUNT(*) FROM trivet.t"); n != 31 {
-		t.Errorf("after a full transfer: %d rows, want 31", n)
-	}
-	if _, err := galera.Recover(r.ctx(), r.nodes[2]); err == nil {
-		t.Error("recovered the position of a running node")
-	}
 }
 
 func TestGroupAndClientsUseTLS(t *testing.T) {
@@ -258,26 +198,6 @@ func TestGroupAndClientsUseTLS(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
-	}
-}
-
-func TestSeedIsTheHighestOfOneHistory(t *testing.T) {
-	const a, b = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
-	none := galera.Position{UUID: "00000000-0000-0000-0000-000000000000", Seqno: -1}
-	for _, c := range []struct {
-		name string
-		in   []galera.Position
-		want int // -1: refused
-	}{
-		{"highest", []galera.Position{{UUID: a, Seqno: 5}, {UUID: a, Seqno: 9}, {UUID: a, Seqno: 7}}, 1},
-		{"fresh nodes do not count", []galera.Position{none, {UUID: a, Seqno: 1}, none}, 1},
-		{"two histories", []galera.Position{{UUID: a, Seqno: 5}, {UUID: b, Seqno: 9}}, -1},
-		{"nobody knows", []galera.Position{none, none}, -1},
-	} {
-		got, err := galera.Seed(c.in)
-		if (err != nil) != (c.want < 0) || err == nil && got != c.want {
-			t.Errorf("%s: got %d, %v", c.name, got, err)
-		}
 	}
 }
 

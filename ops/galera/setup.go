@@ -18,7 +18,7 @@ import (
 // installs one data directory, runs setup on it alone (see Secure, CreateAccount), stops it
 // and copies it to the others, so that these join incrementally instead of by a full transfer. Found
 // returns with every node stopped: start nodes[0] with bootstrap, wait until it is synced, then the others one after
-// another. It reports whether this was the first time; if it was not, see RestartOrder.
+// another. It reports whether this was the first time; if it was not, see Choose.
 func Found(ctx context.Context, nodes []Node, setup func(context.Context, Node) error) (first bool, err error) {
 	seed := nodes[0]
 	first = !seed.installed()
@@ -185,6 +185,21 @@ func quote(s string) string {
 	return "'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`, "\x00", `\0`).Replace(s) + "'"
 }
 
+// Install gives a node that has no data directory, because it is new or its data were taken away, an empty one, with which it fetches everything
+// from the others. Idempotent; it never touches existing data, nor the configuration.
+func Install(ctx context.Context, n Node) error {
+	if n.installed() {
+		return nil
+	}
+	if err := Installed(); err != nil {
+		return err
+	}
+	if err := n.makeDir(); err != nil {
+		return err
+	}
+	return n.install(ctx)
+}
+
 func (n Node) installed() bool {
 	_, err := os.Stat(filepath.Join(n.Data(), "mysql"))
 	return err == nil
@@ -210,7 +225,9 @@ func (n Node) install(ctx context.Context) error {
 	if os.Geteuid() == 0 {
 		args = append(args, "--user=mysql")
 	}
-	if err := run(ctx, exec.Command(bin, args...)); err != nil {
+	cmd := exec.Command(bin, args...)
+	cmd.Env = append(os.Environ(), "TMPDIR="+n.tmp()) // see tmpdir in node.cnf
+	if err := run(ctx, cmd); err != nil {
 		return fmt.Errorf("installing the data directory of %s: %w", n.Name, err)
 	}
 	if err := os.Rename(tmp, n.Data()); err != nil {
@@ -221,15 +238,19 @@ func (n Node) install(ctx context.Context) error {
 
 // makeDir creates the node's directory for the user that mariadbd runs as, who must be able to reach it.
 func (n Node) makeDir() error {
-	if err := os.MkdirAll(n.Dir, 0o755); err != nil {
-		return fmt.Errorf("preparing %s: %w", n.Name, err)
+	for _, dir := range []string{n.Dir, n.tmp()} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("preparing %s: %w", n.Name, err)
+		}
 	}
 	own, err := owner()
 	if err != nil || own == nil {
 		return err
 	}
-	if err := os.Chown(n.Dir, int(own.Uid), int(own.Gid)); err != nil {
-		return fmt.Errorf("preparing %s: %w", n.Name, err)
+	for _, dir := range []string{n.Dir, n.tmp()} {
+		if err := os.Chown(dir, int(own.Uid), int(own.Gid)); err != nil {
+			return fmt.Errorf("preparing %s: %w", n.Name, err)
+		}
 	}
 	for dir := filepath.Dir(n.Dir); dir != "/"; dir = filepath.Dir(dir) {
 		st, err := os.Stat(dir)
@@ -242,6 +263,8 @@ func (n Node) makeDir() error {
 	}
 	return nil
 }
+
+func (n Node) tmp() string { return filepath.Join(n.Dir, "tmp") }
 
 func (n Node) tlsFiles() TLS {
 	dir := filepath.Join(n.Dir, "tls")

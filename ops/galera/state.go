@@ -2,6 +2,7 @@ package galera
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,13 +11,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
-	"strings"
+	"time"
 )
 
 // Position is how far a stopped node's storage went in the cluster's history.
 type Position struct {
-	UUID  string // of the history; all zero when the node never belonged to a cluster
-	Seqno int64  // -1: unknown
+	UUID  string `json:"uuid"`  // of the history; all zero when the node never belonged to a cluster
+	Seqno int64  `json:"seqno"` // -1: unknown
 
 	raw string // as mariadbd printed it, GTID included
 }
@@ -38,9 +39,8 @@ func Recover(ctx context.Context, n Node) (Position, error) {
 		return Position{UUID: noHistory, Seqno: -1}, nil
 	}
 	// mariadbd itself would wait half a minute for the locks of a running one.
-	if c, err := net.Dial("unix", n.Socket()); err == nil {
-		c.Close()
-		return Position{}, fmt.Errorf("recovering the position of %s: a mariadbd is running on %s: stop it first", n.Name, n.Dir)
+	if there, err := n.occupied(); err != nil || there {
+		return Position{}, fmt.Errorf("recovering the position of %s: %w", n.Name, cmp.Or(err, fmt.Errorf("a mariadbd is running on %s: stop it first", n.Data())))
 	}
 	cmd, err := n.mariadbd(ctx, "--wsrep-recover", "--log-error="+filepath.Join(n.Dir, "recover.log"))
 	if err != nil {
@@ -79,86 +79,46 @@ func lastError(log []byte) string {
 	return last
 }
 
-// Seed returns the index of the position that may found the cluster anew: the highest
-// seqno of the one history. Nodes without a history do not count. It refuses when
-// two histories exist, because then somebody must decide which one is lost.
-func Seed(positions []Position) (int, error) {
-	seed := -1
-	for i, p := range positions {
-		if !p.Known() {
+// Prime makes the stopped node that the plan names ready to found the cluster: start it with bootstrap next. It looks once more:
+// the node must stand where the plan says, and nobody may answer at the others' group addresses. It may be repeated.
+func Prime(ctx context.Context, n Node, p Plan) error {
+	fail := func(format string, args ...any) error {
+		return fmt.Errorf("preparing %s to found the cluster: %w", n.Name, fmt.Errorf(format, args...))
+	}
+	if n.Name != p.Bootstrap || n.Address != p.Address {
+		return fail("the plan names %s (%s): run it there, and start %s without the plan once that node is synced", p.Bootstrap, p.Address, n.Name)
+	}
+	in, err := Inspect(ctx, n)
+	if err != nil {
+		return err
+	}
+	primed := in.State != nil && in.State.SafeToBootstrap && in.State.UUID == noHistory && p.NewHistory // by an attempt before
+	if !primed {
+		switch {
+		case in.Position == nil:
+			return fail("%s", in.Problem)
+		case in.Position.UUID != p.Position.UUID || in.Position.Seqno != p.Position.Seqno:
+			return fail("it stands at %s and the plan was made when it stood at %s: inspect all nodes again", in.Position, p.Position)
+		}
+	} else if in.Running {
+		return fail("%s", in.Problem)
+	}
+	for _, peer := range n.Peers {
+		if peer == n.Address {
 			continue
 		}
-		if seed >= 0 && positions[seed].UUID != p.UUID {
-			return 0, fmt.Errorf("choosing a node to bootstrap: two histories, %s and %s: keep the data directories of both and decide which one is right", positions[seed], p)
-		}
-		if seed < 0 || p.Seqno > positions[seed].Seqno {
-			seed = i
-		}
-	}
-	if seed < 0 {
-		return 0, errors.New("choosing a node to bootstrap: no node has a position")
-	}
-	return seed, nil
-}
-
-// RestartOrder returns all nodes, which must be stopped and on this machine, in the order in which
-// to start them: the first with bootstrap (it has been marked safe), the others after it is synced.
-func RestartOrder(ctx context.Context, nodes []Node) ([]Node, error) {
-	positions := make([]Position, len(nodes))
-	for i, n := range nodes {
-		p, err := Recover(ctx, n)
-		if err != nil {
-			return nil, err
-		}
-		positions[i] = p
-	}
-	seed, err := Seed(positions)
-	if err != nil {
-		return nil, err
-	}
-	if err := MarkSafe(nodes[seed]); err != nil {
-		return nil, err
-	}
-	order := []Node{nodes[seed]}
-	for i, n := range nodes {
-		if i != seed {
-			order = append(order, n)
+		d := net.Dialer{Timeout: time.Second}
+		if c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(peer, PortGroup)); err == nil {
+			c.Close()
+			return fail("a database node answers at %s: two founders would make two histories. Stop it and inspect all nodes again", net.JoinHostPort(peer, PortGroup))
 		}
 	}
-	return order, nil
-}
-
-// MarkSafe lets a stopped node bootstrap although it was not the last to stop. Only for the node that Seed names.
-func MarkSafe(n Node) error {
-	path := filepath.Join(n.Data(), "grastate.dat")
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return fmt.Errorf("marking %s safe to bootstrap: %w", n.Name, err)
+	st := State{UUID: p.Position.UUID, Seqno: p.Position.Seqno, SafeToBootstrap: true}
+	if p.NewHistory {
+		st.UUID, st.Seqno = noHistory, -1
 	}
-	b = bytes.Replace(b, []byte("safe_to_bootstrap: 0"), []byte("safe_to_bootstrap: 1"), 1)
-	// Written in place: the file keeps its owner, and a torn write only costs another recovery.
-	if err := os.WriteFile(path, b, 0o660); err != nil {
-		return fmt.Errorf("marking %s safe to bootstrap: %w", n.Name, err)
+	if err := writeState(n, st); err != nil {
+		return fail("%w", err)
 	}
 	return nil
-}
-
-// MayBootstrap decides whether a node about to start may found the primary component: only
-// when no peer is Primary (as asked through primary, see Primary), and either no node
-// ever ran and this one is the first of Peers, or its own state says that it was the last to stop.
-// Otherwise it must join, and if nobody is Primary, wait for the operator (see "All nodes down").
-func MayBootstrap(ctx context.Context, n Node, primary func(ctx context.Context, address string) bool) (bool, error) {
-	for _, p := range n.Peers {
-		if p != n.Address && primary(ctx, p) {
-			return false, nil
-		}
-	}
-	b, err := os.ReadFile(filepath.Join(n.Data(), "grastate.dat"))
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return n.Peers[0] == n.Address, nil
-	case err != nil:
-		return false, fmt.Errorf("deciding whether %s may bootstrap: %w", n.Name, err)
-	}
-	return strings.Contains(string(b), "safe_to_bootstrap: 1"), nil
 }

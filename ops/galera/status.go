@@ -161,19 +161,6 @@ func Admin(n Node) (*sql.DB, error) {
 	return db, nil
 }
 
-// Primary returns a function for MayBootstrap that asks the peers on this machine through their sockets.
-func Primary(nodes []Node) func(ctx context.Context, address string) bool {
-	return func(ctx context.Context, address string) bool {
-		for _, n := range nodes {
-			if n.Address == address {
-				s, err := Query(ctx, n)
-				return err == nil && s.Primary
-			}
-		}
-		return false
-	}
-}
-
 // ReloadTLS makes a running node use the files that Prepare copied since it started, for new connections.
 func ReloadTLS(ctx context.Context, n Node) error {
 	db, err := Admin(n)
