@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -19,9 +20,12 @@ import (
 
 // Options say where and of what a cluster is made. The zero value is the demo's.
 type Options struct {
-	Dir      string    // everything the cluster writes; empty means DefaultDir
-	Network  string    // loopback /16; empty means DefaultNetwork, or what the directory was made with
-	Binaries string    // directory of ca, ocsp, lb, hsmd and pkictl; empty means that of the running program
+	Dir      string // everything the cluster writes; empty means DefaultDir
+	Network  string // loopback /16; empty means DefaultNetwork, or what the directory was made with
+	Binaries string // directory of ca, ocsp, lb, hsmd and pkictl; empty means that of the running program
+	// Groups lists the HSM groups: KeyGroup and, if keys are to be in HSMs of their own, RootGroup or VAGroup; empty means KeyGroup alone, or
+	// what the directory was made with.
+	Groups   []string
 	Progress io.Writer // told what happens, a line at a time; nil means nobody
 	// Attached runs the supervisor inside this process, so that the cluster ends with it. Otherwise it is a process of its own.
 	Attached bool
@@ -37,9 +41,11 @@ type Cluster struct {
 
 // manifest is what a cluster's directory says about itself. Its presence is what makes a directory a cluster's.
 type manifest struct {
-	Format  int     `json:"format"`
-	Network string  `json:"network"`
-	Added   []Added `json:"added,omitempty"`
+	Format  int    `json:"format"`
+	Network string `json:"network"`
+	// Groups are HSM groups beside the one that every cluster has.
+	Groups []string `json:"groups,omitempty"`
+	Added  []Added  `json:"added,omitempty"`
 }
 
 // Up brings the cluster in o.Dir up and returns when every part is ready; ctx bounds that. It is safe to repeat: a running cluster is left as
@@ -51,6 +57,9 @@ func Up(ctx context.Context, o Options) (*Cluster, error) {
 		progress = func(line string) { fmt.Fprintln(o.Progress, line) }
 	}
 	l, err := layoutFor(o.Dir, o.Network)
+	if err == nil {
+		l, err = l.withGroups(o.Groups)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -322,7 +331,24 @@ func layoutFor(dir, network string) (Layout, error) {
 	if l, err = NewLayout(dir, m.Network); err != nil {
 		return Layout{}, err
 	}
-	l.added = m.Added
+	l.groups, l.added = m.Groups, m.Added
+	return l, nil
+}
+
+// withGroups is the layout of a cluster with these HSM groups; of one that is there already they cannot change.
+func (l Layout) withGroups(all []string) (Layout, error) {
+	if len(all) == 0 {
+		return l, nil
+	}
+	further, err := checkGroups(all)
+	if err != nil {
+		return l, err
+	}
+	if _, err := os.Stat(l.manifest()); err == nil && !slices.Equal(further, l.groups) {
+		return l, fmt.Errorf("the cluster in %s was made with HSM groups %s: choose another directory with --dir, or end it with `pkictl demo down`; `pkictl hsm group create` makes another group",
+			l.Dir, strings.Join(append([]string{KeyGroup}, l.groups...), ","))
+	}
+	l.groups = further
 	return l, nil
 }
 

@@ -89,13 +89,20 @@ func (l Layout) hsmdConfig(p Part) tree {
 
 func (l Layout) caConfig(p Part) tree {
 	sync := l.Files(syncName(p))
+	peers := []tree{}
+	for _, other := range l.role(RoleCA) {
+		if other.Name != p.Name {
+			peers = append(peers, tree{item("name", other.Name), item("address", other.Addresses["api"])})
+		}
+	}
 	return tree{
 		item("listen", tree{item("api", p.Addresses["api"]), item("admin", p.Addresses["admin"])}),
+		item("peers", peers),
 		item("state_dir", p.Dir),
 		item("site", p.Site),
 		item("base_url", l.PublicURL()),
+		item("mac_key_file", l.Secret("mac-keys")),
 		item("database", l.databaseConfig("ca", p)),
-		item("hsm", l.groupConfig()),
 		item("sync", tree{
 			item("identity", tree{item("cert", sync.Cert), item("key", sync.Key), item("trust", sync.Trust)}),
 			item("user", "sync"),
@@ -109,7 +116,6 @@ func (l Layout) ocspConfig(p Part) tree {
 		item("listen", tree{item("public", p.Addresses["public"]), item("internal", p.Addresses["internal"])}),
 		item("site", p.Site),
 		item("database", l.databaseConfig("ocsp", p)),
-		item("hsm", l.groupConfig()),
 	}
 }
 
@@ -135,23 +141,30 @@ func (l Layout) initConfig() tree {
 		accounts = append(accounts, tree{item("name", a.name), item("role", a.name), item("password_file", l.Secret("db-"+a.name)), item("require_x509", a.mtls)})
 	}
 	sync := l.Files("sync")
+	groups := []tree{}
+	for _, g := range l.groups {
+		groups = append(groups, l.groupConfig("name", g))
+	}
 	return tree{
 		item("site", Site),
 		item("base_url", l.PublicURL()),
 		item("state_dir", l.Data("ceremony")),
+		item("mac_key_file", l.Secret("mac-keys")),
 		item("publish", l.Published()),
 		item("database", l.databaseConfig(dbOwner, Part{})),
 		item("accounts", accounts),
-		item("hsm", l.groupConfig()),
+		item("hsm", l.groupConfig("group", KeyGroup)),
+		item("groups", groups),
 		item("sync", tree{item("cert", sync.Cert), item("key", sync.Key), item("trust", sync.Trust)}),
-		item("root", tree{item("ca", RootCA), item("subject", "Trivet Demo Root")}),
+		item("root", tree{item("ca", RootCA), item("subject", "Trivet Demo Root"), item("group", l.in(RootGroup))}),
 		item("issuing", []tree{{item("ca", CA), item("subject", "Trivet Demo Issuing CA")}}),
+		item("ocsp_group", l.in(VAGroup)),
 	}
 }
 
 // syncConfig is what `pkictl hsm` and `pkictl key` read.
 func (l Layout) syncConfig() tree {
-	return tree{item("database", l.databaseConfig("sync", Part{})), item("hsm", l.groupConfig())}
+	return tree{item("database", l.databaseConfig("sync", Part{}))}
 }
 
 // databaseConfig lists the nodes from a different one on for each part, so that the load is spread.
@@ -177,16 +190,24 @@ func (l Layout) databaseNodes(p Part) []string {
 	return nodes
 }
 
-// groupConfig names the members with which the group begins; of those that join later its log tells.
-func (l Layout) groupConfig() tree {
+// groupConfig names the members with which a group begins; of those that join later its log tells.
+func (l Layout) groupConfig(key, group string) tree {
 	var members []tree
 	for _, p := range l.role(RoleHSMD) {
-		if !slices.Contains(founders, p.Name) {
+		if !slices.Contains(l.groupMembers(group), p.Name) {
 			continue
 		}
 		members = append(members, tree{item("name", p.Name), item("address", p.Addresses["agent"])})
 	}
-	return tree{item("group", KeyGroup), item("members", members)}
+	return tree{item(key, group), item("members", members)}
+}
+
+// in is the group if the cluster has it, or else the one of every key.
+func (l Layout) in(group string) string {
+	if slices.Contains(l.groups, group) {
+		return group
+	}
+	return KeyGroup
 }
 
 // fsckConfig is what `pkictl fsck` reads.
@@ -199,5 +220,5 @@ func (l Layout) fsckConfig() tree {
 	for _, p := range l.role(RoleOCSP) {
 		responders = append(responders, tree{item("name", p.Name), item("url", "http://"+p.Addresses["public"])})
 	}
-	return tree{item("database", l.databaseConfig("fsck", Part{})), item("journals", journals), item("responders", responders)}
+	return tree{item("database", l.databaseConfig("fsck", Part{})), item("mac_key_file", l.Secret("mac-keys")), item("journals", journals), item("responders", responders)}
 }

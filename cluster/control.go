@@ -93,6 +93,7 @@ func (s *supervisor) handler() http.Handler {
 			http.Error(w, err.Error(), http.StatusConflict)
 		}
 	})
+	s.handleDatabase(mux)
 	mux.HandleFunc("POST /down", func(w http.ResponseWriter, r *http.Request) {
 		s.end(r.URL.Query().Get("how") == "clean")
 	})

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -24,14 +25,19 @@ type database struct {
 	layout Layout
 	nodes  []galera.Node
 
-	mu   sync.Mutex
-	seed string          // the node whose next start founds the primary component; "" when none may
-	lost bool            // the nodes did not find together: what they remember is not enough
-	up   map[string]bool // nodes that have a process, or are about to
+	log *slog.Logger
+
+	mu        sync.Mutex
+	seed      string          // the node whose next start founds the primary component; "" when none may
+	lost      bool            // the nodes did not find together: what they remember is not enough
+	up        map[string]bool // nodes that have a process, or are about to
+	accept    galera.Accept   // what an operator gave up, for the next decision
+	refusal   *galera.Refusal // the last decision; nil when there was none, or it was a plan
+	refusedAt time.Time
 }
 
-func newDatabase(l Layout) (*database, error) {
-	d := &database{layout: l, up: map[string]bool{}}
+func newDatabase(l Layout, log *slog.Logger) (*database, error) {
+	d := &database{layout: l, log: log, up: map[string]bool{}}
 	var peers []string
 	for _, p := range l.role(RoleDB) {
 		host, _, err := net.SplitHostPort(p.Addresses["mysql"])
@@ -65,7 +71,6 @@ func (d *database) prepare(ctx context.Context) (order []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the database owner's password: %w", err)
 	}
-	nodes := d.nodes
 	first, err := galera.Found(ctx, d.nodes, func(ctx context.Context, n galera.Node) error {
 		if err := galera.Secure(ctx, n); err != nil {
 			return err
@@ -75,34 +80,62 @@ func (d *database) prepare(ctx context.Context) (order []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if !first {
-		if nodes, err = galera.RestartOrder(ctx, d.nodes); err != nil {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.seed = d.nodes[0].Name; !first {
+		d.seed, d.lost = "", true // the first one must be ready before the others start: they cannot find together
+		if err := d.decide(ctx); err != nil {
 			return nil, err
 		}
 	}
-	d.mu.Lock()
-	d.seed = nodes[0].Name
-	d.mu.Unlock()
-	for _, n := range nodes {
-		order = append(order, n.Name)
+	order = []string{d.seed}
+	for _, n := range d.nodes {
+		if n.Name != d.seed {
+			order = append(order, n.Name)
+		}
 	}
 	return order, nil
 }
 
-// command makes the node's command line. It founds a primary component only on the one node that may: that which saw the most when all were
-// down. When all were killed at once nobody needs to: each remembers its peers and they find together.
+// founderPatience is how long a node that is to join waits for the start of the one that founds.
+const founderPatience = 10 * time.Second
+
+// command makes the node's command line. It founds a primary component only on the one node that may: that which holds everything when all
+// are down. When all were killed at once nobody needs to: each remembers its peers and they find together. While another node has a process, a
+// node only ever joins.
+//
+// A node that only joins has its turn after the one that founds: started earlier, it forms a component of its own with others like it, and
+// may never find the founder's.
 func (d *database) command(ctx context.Context, p Part) (*exec.Cmd, error) {
 	d.mu.Lock() // for as long as it takes: finding positions needs every node it looks at to be down
 	defer d.mu.Unlock()
-	if d.seed == "" && len(d.up) == 0 && (d.lost || !d.remembered()) {
-		order, err := galera.RestartOrder(ctx, d.nodes)
-		if err != nil {
+	for began := time.Now(); ; {
+		if d.seed == "" && len(d.up) == 0 {
+			if err := d.decide(ctx); err != nil {
+				return nil, err
+			}
+		}
+		if d.seed == "" || d.seed == p.Name {
+			break
+		}
+		if time.Since(began) > founderPatience {
+			return nil, fmt.Errorf("%s founds the cluster anew, and has not been started yet: start it", d.seed)
+		}
+		d.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+		d.mu.Lock()
+		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		d.seed, d.lost = order[0].Name, false
 	}
-	bootstrap := d.seed == p.Name
-	cmd, err := galera.Command(ctx, d.node(p.Name), bootstrap)
+	n, bootstrap := d.node(p.Name), d.seed == p.Name
+	if err := galera.Prepare(ctx, n); err != nil { // its data may have been lost
+		return nil, err
+	}
+	cmd, err := galera.Command(ctx, n, bootstrap)
 	if err != nil {
 		return nil, err
 	}
@@ -120,16 +153,6 @@ func (d *database) ended(name string) {
 	delete(d.up, name)
 }
 
-// remembered tells whether every node left in the midst of work: the last view of the group is on its disk then, and pc.recovery restores it.
-func (d *database) remembered() bool {
-	for _, n := range d.nodes {
-		if _, err := os.Stat(filepath.Join(n.Data(), "gvwstate.dat")); err != nil {
-			return false
-		}
-	}
-	return true
-}
-
 // primary tells whether some node belongs to a primary component.
 func (d *database) primary(ctx context.Context) bool {
 	for _, n := range d.nodes {
@@ -143,8 +166,9 @@ func (d *database) primary(ctx context.Context) bool {
 	return false
 }
 
-// reunionPatience is how long running nodes may go without a primary component before they are started anew from the one that saw the most.
-const reunionPatience = 10 * time.Second
+// reunionPatience is how long running nodes may go without a primary component before they are started anew from the one that holds everything. On a
+// busy machine a start alone takes ten seconds.
+const reunionPatience = 20 * time.Second
 
 // reunite watches for nodes that all run and all wait for one another, as happens when they end in good order at almost the same time and are
 // restarted one by one, none knowing that it was the last. All of them are on this machine, so that their positions can be compared, which

@@ -21,7 +21,9 @@ const (
 	Generation = 1         // its generation
 	Issuer     = "demo-g1"
 	RootCA     = "demo-root"
-	KeyGroup   = "ca" // the one HSM group
+	KeyGroup   = "ca" // the HSM group of every key, or of the issuing CA's where there are others
+	RootGroup  = "root"
+	VAGroup    = "va"
 	Database   = "trivet"
 )
 
@@ -49,9 +51,10 @@ type Part struct {
 
 // Layout says where everything of one cluster is: files below Dir, addresses below a /16 of loopback.
 type Layout struct {
-	Dir     string // absolute
-	Network string // such as 127.77.0.0/16
-	prefix  string // first two octets
+	Dir     string   // absolute
+	Network string   // such as 127.77.0.0/16
+	prefix  string   // first two octets
+	groups  []string // HSM groups beside KeyGroup
 	added   []Added
 }
 
@@ -101,7 +104,7 @@ func (l Layout) Parts() []Part {
 			"mysql": h + ":3306", "group": h + ":4567", "ist": h + ":4568", "sst": h + ":4444",
 		})
 	}
-	for _, name := range founders {
+	for _, name := range l.founders() {
 		add(name, RoleHSMD, l.agentAddress(name))
 	}
 	for _, a := range l.added {
@@ -119,6 +122,9 @@ func (l Layout) Parts() []Part {
 	add("lb1", RoleLB, map[string]string{"api": h + ":8443", "public": h + ":8080", "status": h + ":9443"})
 	return parts
 }
+
+// Groups lists the cluster's HSM groups.
+func (l Layout) Groups() []string { return append([]string{KeyGroup}, l.groups...) }
 
 // Part returns the part of that name.
 func (l Layout) Part(name string) (Part, error) {

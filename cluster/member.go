@@ -15,6 +15,62 @@ import (
 // founders are the HSM members that every cluster begins with.
 var founders = []string{"hsmd-a", "hsmd-b", "hsmd-c"}
 
+// furtherGroups are the HSM groups that a cluster may have beside KeyGroup, each with its members and the block of their addresses.
+var furtherGroups = []struct {
+	name    string
+	members []string
+	block   int
+}{
+	{RootGroup, []string{"hsmd-root-a", "hsmd-root-b"}, 6},
+	{VAGroup, []string{"hsmd-va-a", "hsmd-va-b"}, 7},
+}
+
+// checkGroups returns the groups beside KeyGroup of a list that names all.
+func checkGroups(all []string) (further []string, err error) {
+	left := slices.DeleteFunc(slices.Clone(all), func(name string) bool { return name == KeyGroup })
+	for _, g := range furtherGroups {
+		if slices.Contains(left, g.name) {
+			further = append(further, g.name)
+			left = slices.DeleteFunc(left, func(name string) bool { return name == g.name })
+		}
+	}
+	if len(left) > 0 || !slices.Contains(all, KeyGroup) {
+		return nil, fmt.Errorf("HSM groups %s: there can be %s, %s and %s, and %s is always there", strings.Join(all, ","), RootGroup, KeyGroup, VAGroup, KeyGroup)
+	}
+	return further, nil
+}
+
+// CheckGroups refuses a list of HSM groups that no cluster can have; an empty one is fine.
+func CheckGroups(all []string) error {
+	if len(all) == 0 {
+		return nil
+	}
+	_, err := checkGroups(all)
+	return err
+}
+
+// groupMembers lists the members with which a group begins.
+func (l Layout) groupMembers(group string) []string {
+	if group == KeyGroup {
+		return founders
+	}
+	for _, g := range furtherGroups {
+		if g.name == group && slices.Contains(l.groups, group) {
+			return g.members
+		}
+	}
+	return nil
+}
+
+// founders lists the members with which the cluster's groups begin.
+func (l Layout) founders() []string {
+	all := slices.Clone(founders)
+	for _, g := range l.groups {
+		all = append(all, l.groupMembers(g)...)
+	}
+	return all
+}
+
 // Added is an HSM agent that was added to the cluster later. The HSM group knows nothing of it before it is enrolled.
 type Added struct {
 	Name string `json:"name"` // hsmd-d to hsmd-z
@@ -34,7 +90,13 @@ func (a Added) check() error {
 
 // agentAddress is where the HSM agent of that name listens: hsmd-a on the first address of its block, and so on.
 func (l Layout) agentAddress(name string) map[string]string {
-	return map[string]string{"agent": l.host(2, int(name[len(name)-1]-'a')+1) + ":7443"}
+	block := 2
+	for _, g := range furtherGroups {
+		if slices.Contains(g.members, name) {
+			block = g.block
+		}
+	}
+	return map[string]string{"agent": l.host(block, int(name[len(name)-1]-'a')+1) + ":7443"}
 }
 
 // addition is how the part of that name was added; the zero Added if it was not.
@@ -134,7 +196,7 @@ func (s *supervisor) addMember(ctx context.Context, a Added) error {
 }
 
 func (s *supervisor) removeMember(ctx context.Context, name string) error {
-	if slices.Contains(founders, name) {
+	if slices.Contains(s.plan().founders(), name) {
 		return fmt.Errorf("%s belongs to every cluster and stays; only added members can be removed", name)
 	}
 	u := s.unit(name)

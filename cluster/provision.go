@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"trivet/db"
 	"trivet/identity"
 )
 
@@ -87,7 +88,7 @@ func provision(l Layout) error {
 
 // describe writes down what the cluster is made with.
 func (l Layout) describe() error {
-	about, err := json.Marshal(manifest{Format: 1, Network: l.Network, Added: l.added})
+	about, err := json.Marshal(manifest{Format: 1, Network: l.Network, Groups: l.groups, Added: l.added})
 	if err != nil {
 		return fmt.Errorf("describing the cluster: %w", err)
 	}
@@ -107,7 +108,7 @@ func provisionSecrets(l Layout) error {
 			return err
 		}
 	}
-	return nil
+	return writeOnce(l.Secret("mac-keys"), db.NewMACKey(), 0o600)
 }
 
 // syncName is under which name a CA node keeps the HSM group's keys in step.

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"errors"
 	"io/fs"
 	"net"
 	"net/http"
@@ -9,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/goccy/go-yaml"
 
 	"trivet/identity"
 )
@@ -211,4 +214,79 @@ func listenOn(t *testing.T, addr string) net.Listener {
 		t.Fatal(err)
 	}
 	return ln
+}
+
+// With groups the keys go where their names say; without, all to one.
+func TestKeysAreInTheGroupsThatWereAskedFor(t *testing.T) {
+	for _, test := range []struct {
+		groups            []string
+		hsmds             int
+		root, issuing, va string
+		others            string // asked for later
+
+	}{
+		{nil, 3, "ca", "ca", "ca", "root,ca"},
+		{[]string{"ca"}, 3, "ca", "ca", "ca", "root,ca,va"},
+		{[]string{"va", "ca"}, 5, "ca", "ca", "va", "ca"},
+		{[]string{"root", "ca", "va"}, 7, "root", "ca", "va", "root,ca"},
+	} {
+		t.Run(strings.Join(test.groups, ","), func(t *testing.T) {
+			l, err := NewLayout(filepath.Join(t.TempDir(), "demo"), "127.95.0.0/16")
+			if err == nil {
+				l, err = l.withGroups(test.groups)
+			}
+			if err == nil {
+				err = errors.Join(prepareDir(l), provision(l))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			type group struct {
+				Group, Name string
+				Members     []struct{ Name, Address string }
+			}
+			var c struct {
+				HSM       group
+				Groups    []group
+				Root      struct{ Group string }
+				OCSPGroup string `yaml:"ocsp_group"`
+			}
+			text, err := os.ReadFile(l.Config("init"))
+			if err == nil {
+				err = yaml.Unmarshal(text, &c)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.HSM.Group != test.issuing || c.Root.Group != test.root || c.OCSPGroup != test.va {
+				t.Errorf("%+v", c)
+			}
+			all := append([]group{c.HSM}, c.Groups...)
+			addresses, members := map[string]bool{}, 0
+			for _, g := range all {
+				for _, m := range g.Members {
+					members++
+					addresses[m.Address] = true
+				}
+			}
+			if members != test.hsmds || len(addresses) != test.hsmds || len(l.role(RoleHSMD)) != test.hsmds {
+				t.Errorf("%d members at %d addresses, %d agents; want %d: %+v", members, len(addresses), len(l.role(RoleHSMD)), test.hsmds, all)
+			}
+			again, err := layoutFor(l.Dir, "")
+			if err != nil || len(again.Parts()) != len(l.Parts()) {
+				t.Errorf("opened again it has %d parts instead of %d: %v", len(again.Parts()), len(l.Parts()), err)
+			}
+			if _, err := again.withGroups(test.groups); err != nil {
+				t.Errorf("asked for the same again: %v", err)
+			}
+			if _, err := again.withGroups(strings.Split(test.others, ",")); err == nil || !strings.Contains(err.Error(), "--dir") {
+				t.Errorf("asked for others: %v", err)
+			}
+		})
+	}
+	for _, bad := range [][]string{{"root"}, {"ca", "other"}, {"root,ca"}} {
+		if CheckGroups(bad) == nil {
+			t.Errorf("%q is let through", bad)
+		}
+	}
 }

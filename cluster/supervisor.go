@@ -65,7 +65,7 @@ func Supervise(ctx context.Context, cfg SuperviseConfig) error {
 	}
 	defer s.spawn.close()
 	var err error
-	if s.galera, err = newDatabase(cfg.Layout); err != nil {
+	if s.galera, err = newDatabase(cfg.Layout, cfg.Log); err != nil {
 		return err
 	}
 	if s.probe, err = newProber(cfg.Layout); err != nil {
@@ -204,8 +204,20 @@ func (s *supervisor) boot(ctx context.Context) error {
 	first.Go(func() (err error) {
 		s.tell("preparing the database")
 		order, err := s.galera.prepare(fctx)
-		if err != nil {
-			return err
+		for said := false; err != nil; order, err = s.galera.prepare(fctx) {
+			var no *galera.Refusal
+			if !errors.As(err, &no) {
+				return err
+			}
+			if !said { // `pkictl galera recover` may still decide it
+				said = true
+				s.tell(no.Error())
+			}
+			select {
+			case <-time.After(time.Second):
+			case <-fctx.Done():
+				return err
+			}
 		}
 		for _, name := range order {
 			joining = append(joining, s.unit(name))

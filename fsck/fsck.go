@@ -28,6 +28,9 @@ type Config struct {
 	Responders []Responder
 	HTTP       *http.Client // for responders; its timeout bounds one question
 
+	// MACKeys authenticate intents. nil: whether CA nodes wrote them is not checked, and the report says so.
+	MACKeys *db.MACKeys
+
 	// Open is how long an intent may stay without an outcome: the sweeper finishes it after 10 s. Default 60 s.
 	Open time.Duration
 	// Settle is how long a responder may take to show what the record says: an answer that is merely late is asked for again until then. Default 10 s.
@@ -51,6 +54,7 @@ type Report struct {
 	OK         bool           `json:"ok"`
 	Checked    map[string]int `json:"checked"` // how many of what were checked: "certificates", "journal_records"…
 	Violations []Violation    `json:"violations"`
+	Unchecked  []string       `json:"unchecked"` // what was left out, and why
 }
 
 // key names one certificate: issuer and the serial's octets.
@@ -113,12 +117,15 @@ func Run(ctx context.Context, cfg Config) (Report, error) {
 	}
 	c := &check{
 		Config:      cfg,
-		report:      Report{Checked: map[string]int{}, Violations: []Violation{}},
+		report:      Report{Checked: map[string]int{}, Violations: []Violation{}, Unchecked: []string{}},
 		acked:       map[key][32]byte{},
 		ackedEvents: map[key]map[int]bool{},
 		generations: map[string]*x509.Certificate{},
 		certs:       map[key]certificate{},
 		events:      map[key]event{},
+	}
+	if c.MACKeys == nil {
+		c.report.Unchecked = append(c.report.Unchecked, "whether CA nodes wrote the intents: no MAC keys are given")
 	}
 	// Journals first: what they call done was committed before, so the record read afterwards must hold it. Responders last, for the same reason.
 	for _, step := range []struct {
@@ -129,6 +136,7 @@ func Run(ctx context.Context, cfg Config) (Report, error) {
 		{"record", c.record},
 		{"released against record", c.released},
 		{"change feed", c.feed},
+		{"recovery rounds", c.rounds},
 		{"CRLs", c.crls},
 		{"responders", c.responders},
 	} {

@@ -30,6 +30,9 @@ func (c *check) journals(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("reading the journal of %s: %w", node, err)
 		}
+		if err := c.copies(ctx, node); err != nil {
+			return err
+		}
 		c.count("journals", 1)
 	}
 	return nil
@@ -93,6 +96,14 @@ func (c *check) done(node string, k key, p journal.Done) {
 		}
 		c.ackedEvents[k][p.Event.N] = true
 	}
+}
+
+func doneKey(d journal.Done) (key, error) {
+	serial, err := hex.DecodeString(d.Serial)
+	if err != nil {
+		return key{}, fmt.Errorf("decoding the serial of a done record: %w", err)
+	}
+	return key{d.Issuer, string(serial)}, nil
 }
 
 func decode(e journal.Entry, into any, name func() (issuer, serial string)) (key, error) {

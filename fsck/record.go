@@ -8,6 +8,8 @@ import (
 	"database/sql"
 	"fmt"
 	"time"
+
+	"trivet/db"
 )
 
 // page is how many rows one query of a scan returns.
@@ -70,9 +72,11 @@ func (c *check) readGenerations(ctx context.Context, conn *sql.Conn) error {
 func (c *check) readCertificates(ctx context.Context, conn *sql.Conn) error {
 	clear(c.certs)
 	c.report.Checked["certificates"], c.report.Checked["intents"] = 0, 0
+	delete(c.report.Checked, "intent_macs")
 	after := key{}
 	for {
-		rows, err := conn.QueryContext(ctx, `SELECT i.issuer, i.serial, i.tbs, i.created, COALESCE(o.kind, ''), o.der, o.not_after
+		rows, err := conn.QueryContext(ctx, `SELECT i.issuer, i.serial, i.tbs, i.created,
+			i.req, i.ver, i.body, i.profile, i.profile_version, i.profile_hash, i.requester, i.reference, i.site_epoch, i.node, i.mac, i.mac_key, COALESCE(o.kind, ''), o.der, o.not_after
 			FROM intent i LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
 			     AND o.ver = (SELECT MAX(ver) FROM outcome m WHERE m.issuer = i.issuer AND m.serial = i.serial)
 			WHERE (i.issuer, i.serial) > (?, ?) AND i.issuer >= ? ORDER BY i.issuer, i.serial LIMIT ?`,
@@ -82,17 +86,24 @@ func (c *check) readCertificates(ctx context.Context, conn *sql.Conn) error {
 		}
 		n := 0
 		for rows.Next() {
-			var issuer, kind string
-			var serial, tbs, der []byte
-			var created time.Time
+			var i db.Intent
+			var kind string
+			var der []byte
 			var notAfter sql.NullTime
-			if err := rows.Scan(&issuer, &serial, &tbs, &created, &kind, &der, &notAfter); err != nil {
+			if err := rows.Scan(&i.Issuer, &i.Serial, &i.TBS, &i.Created, &i.Req, &i.Ver, &i.Body, &i.Profile, &i.ProfileVersion, &i.ProfileHash,
+				&i.Requester, &i.Reference, &i.SiteEpoch, &i.Node, &i.MAC, &i.MACKey, &kind, &der, &notAfter); err != nil {
 				rows.Close()
 				return err
 			}
-			after = key{issuer, string(serial)}
+			after = key{i.Issuer, string(i.Serial)}
 			n++
-			c.outcome(after, kind, tbs, der, created)
+			if c.MACKeys != nil {
+				c.count("intent_macs", 1)
+				if err := c.MACKeys.Verify(&i); err != nil {
+					c.violate("I8", after, "its intent is not as a CA node wrote it: %v", err)
+				}
+			}
+			c.outcome(after, kind, i.TBS, der, i.Created)
 		}
 		if err := rows.Err(); err != nil {
 			return err

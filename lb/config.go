@@ -67,6 +67,7 @@ func (t Timing) withDefaults() Timing {
 const (
 	maxHeader   = 8 << 10   // request line and headers
 	maxBody     = 64 << 10  // of a request to issue or revoke
+	maxBulk     = 512 << 10 // of a request to issue several
 	maxOCSPBody = 10 << 10  // of an OCSP request
 	maxHeld     = 256 << 10 // of an answer held back until it is complete, so that a node's death in the middle can still be hidden
 	maxReport   = 256 << 10 // of a health report

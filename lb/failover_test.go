@@ -66,7 +66,7 @@ func expect(status int, body string, err error) error {
 
 func TestANodesDeathUnderLoadIsHidden(t *testing.T) {
 	for _, fault := range []string{"kill", "freeze"} {
-		for _, kind := range []string{"issue", "ocsp"} {
+		for _, kind := range []string{"issue", "bulk", "ocsp"} {
 			t.Run(fault+" "+kind, func(t *testing.T) {
 				c := newCluster(t, lb.Timing{}, "ca1", "ca2", "ocsp1", "ocsp2")
 				api := c.client(c.requester)
@@ -83,6 +83,12 @@ func TestANodesDeathUnderLoadIsHidden(t *testing.T) {
 					return expect(status, body, err)
 				}
 				victim := c.nodes["ca1"]
+				if kind == "bulk" {
+					send = func(n int64) error {
+						status, _, body, err := do(api, "POST", c.apiURL("/v1/certificates:batch"), fmt.Sprintf(`{"requests":[],"n":%d}`, n))
+						return expect(status, body, err)
+					}
+				}
 				if kind == "ocsp" {
 					victim = c.nodes["ocsp1"]
 					send = func(n int64) error {

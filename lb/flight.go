@@ -70,6 +70,9 @@ func (f *flight) fly(ctx context.Context) (*answer, *problem.Problem) {
 	if f.route.write {
 		slow, total, patience = timing.WriteHedge, timing.WriteTotal, timing.WriteTotal
 	}
+	if f.route.hedge > 0 {
+		slow = f.route.hedge
+	}
 	began := f.b.cfg.Now()
 	deadline := time.NewTimer(total)
 	defer deadline.Stop()

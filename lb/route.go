@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"strings"
+	"time"
 
 	"trivet/identity"
 )
@@ -13,6 +14,7 @@ type class string
 
 const (
 	classIssue   class = "issue"
+	classBulk    class = "issue-bulk"
 	classRevoke  class = "revoke"
 	classRelease class = "release"
 	classRead    class = "read"
@@ -31,6 +33,7 @@ type route struct {
 	write  bool          // fails closed, has the long deadline; else fails open
 	once   bool          // must not reach two nodes
 	slowOK bool          // slowness says nothing about the node: a revocation may wait for a responder's lease
+	hedge  time.Duration // after which another node is asked as well; 0: as Timing has it for its kind
 }
 
 // api routes requests of the API listener by method and raw path.
@@ -47,6 +50,9 @@ func routeAPI(method, path string) (route, bool) {
 	}
 	if rest == "certificates" {
 		return route{class: classIssue, role: identity.RoleCA, need: "issue:*", body: maxBody, write: true}, true
+	}
+	if rest == "certificates:batch" { // each of its items has an Idempotency-Key: asking another node as well is safe, but doubles much work
+		return route{class: classBulk, role: identity.RoleCA, need: "issue:*", body: maxBulk, write: true, slowOK: true, hedge: 4 * time.Second}, true
 	}
 	parts := strings.Split(rest, "/")
 	if len(parts) != 3 || parts[0] != "certificates" || parts[1] == "" {

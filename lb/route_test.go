@@ -48,7 +48,7 @@ func TestNothingElseIsRouted(t *testing.T) {
 	for _, r := range []struct{ method, path string }{
 		{"GET", "/"}, {"GET", "/v1"}, {"GET", "/v1/"}, {"GET", "/v1x"}, {"GET", "/healthz"}, {"GET", "/metrics"}, {"GET", "/ocsp"}, {"GET", "/crl/x"}, {"GET", "/ca/x"},
 		{"POST", "/v1/cas"}, {"POST", "/v1/certificates/"}, {"POST", "/v1/certificates//revoke"}, {"POST", "/v1/certificates/x/revoke/"}, {"POST", "/v1/certificates/x/destroy"},
-		{"POST", "/v1/cas/demo/crl"}, {"POST", "/V1/certificates"}, {"POST", "/v1//certificates"}, {"POST", "/v1/certificates%2f"}, {"PUT", "/v1/certificates"}, {"DELETE", "/v1/certificates/x"},
+		{"POST", "/v1/cas/demo/crl"}, {"POST", "/V1/certificates"}, {"POST", "/v1//certificates"}, {"POST", "/v1/certificates%2f"}, {"POST", "/v1/certificates:"}, {"POST", "/v1/certificates:batch/x"}, {"POST", "/v1/certificates%3abatch"}, {"PUT", "/v1/certificates"}, {"DELETE", "/v1/certificates/x"},
 		{"OPTIONS", "/v1/certificates"}, {"TRACE", "/v1/certificates"}, {"GET", "//v1/certificates"},
 	} {
 		status, h, body := c.do(api, r.method, c.apiURL(r.path), "")

@@ -1,6 +1,7 @@
 package load
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"time"
 )
 
@@ -51,12 +53,34 @@ func (e *StatusError) Error() string {
 	return s
 }
 
-// do sends a request and reads the whole answer.
+// do sends a request and reads the whole answer. It sends again, once, what met a connection that was opened, never used, and closed by the server just then:
+// no request was lost there. Every other failure is the caller's to see.
 func do(ctx context.Context, client *http.Client, req *http.Request) (*http.Response, []byte, error) {
-	resp, err := client.Do(req.WithContext(ctx))
-	if err != nil {
-		return nil, nil, err
+	var sent []byte
+	if req.Body != nil {
+		var err error
+		if sent, err = io.ReadAll(req.Body); err != nil {
+			return nil, nil, err
+		}
 	}
+	for again := false; ; again = true {
+		parked := false
+		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) { parked = c.WasIdle && !c.Reused }})
+		if req.Body != nil {
+			req.Body = io.NopCloser(bytes.NewReader(sent))
+		}
+		resp, err := client.Do(req.WithContext(traced))
+		if err != nil && parked && !again && ctx.Err() == nil {
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		return whole(resp)
+	}
+}
+
+func whole(resp *http.Response) (*http.Response, []byte, error) {
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	switch {

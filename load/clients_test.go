@@ -13,11 +13,13 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -26,6 +28,7 @@ import (
 	"golang.org/x/crypto/ocsp"
 
 	"trivet/load"
+	"trivet/load/history"
 )
 
 // testCA is a CA small enough to judge the clients by.
@@ -101,18 +104,25 @@ func (ca *testCA) serve(t *testing.T, change func(*x509.Certificate)) *httptest.
 			w.Header().Set("Idempotency-Replayed", "true")
 		}
 		w.WriteHeader(http.StatusCreated)
-		_ = json.NewEncoder(w).Encode(map[string]any{"id": "test-g1:1", "certificate": text})
+		_ = json.NewEncoder(w).Encode(map[string]any{"id": testID(t, text), "certificate": text})
 	}))
 	t.Cleanup(s.Close)
 	return s
 }
 
+func testID(t *testing.T, text string) string {
+	block, _ := pem.Decode([]byte(text))
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Error(err)
+		return ""
+	}
+	return fmt.Sprintf("test-g1:%x", cert.SerialNumber.Bytes())
+}
+
 func (ca *testCA) issuer(t *testing.T, s *httptest.Server) *load.Issuer {
 	t.Helper()
-	is, err := load.NewIssuer(s.URL, load.NewClient(&tls.Config{RootCAs: s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}, 8), 2)
-	if err != nil {
-		t.Fatal(err)
-	}
+	is := load.NewIssuer(s.URL, load.NewClient(&tls.Config{RootCAs: s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs}, 8))
 	t.Cleanup(is.Client.CloseIdleConnections)
 	is.Roots = x509.NewCertPool()
 	is.Roots.AddCert(ca.cert)
@@ -298,5 +308,70 @@ func TestAnOCSPAnswerThatIsNotTheTrueOneFails(t *testing.T) {
 		return nil
 	}); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestClientsTellTheHistoryWhatTheyAskedAndWhatCameBack(t *testing.T) {
+	ca := newCA(t)
+	log, err := history.Create(filepath.Join(t.TempDir(), "history.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	is := ca.issuer(t, ca.serve(t, nil))
+	is.History, is.Principal = log, "trivet://test/requester/alice"
+	q, err := is.Request(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := is.Send(t.Context(), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := is.Send(t.Context(), q); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		status int
+		retry  string
+	}{{422, ""}, {409, "1"}, {503, "1"}, {405, ""}} {
+		s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			if c.retry != "" {
+				w.Header().Set("Retry-After", c.retry)
+			}
+			w.WriteHeader(c.status)
+		}))
+		other := ca.issuer(t, s)
+		other.History, other.Principal = log, is.Principal
+		if err := other.Op(t.Context(), c.status); err == nil {
+			t.Errorf("status %d passed", c.status)
+		}
+		s.Close()
+		if err := other.Op(t.Context(), c.status); err == nil { // nobody there
+			t.Error("no answer passed")
+		}
+	}
+	cert, err := x509.ParseCertificate(a.DER)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &load.Responder{URL: ca.responder(t, nil).URL + "/ocsp/test", Client: load.NewClient(nil, 1), Issuer: ca.cert, History: log, Generation: "test-g1"}
+	defer r.Client.CloseIdleConnections()
+	if _, err := r.Ask(t.Context(), cert); err != nil {
+		t.Fatal(err)
+	}
+	if err := log.Close(); err != nil {
+		t.Fatal(err)
+	}
+	report, err := history.Check(t.Context(), history.Config{Path: log.Path(), Issuers: map[string]*x509.Certificate{"test-g1": ca.cert}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, n := range map[string]int{"issue": 10, "status": 1, "ok": 3, "failed": 1, "unknown": 7, "verified": 2} {
+		if report.Checked[what] != n {
+			t.Errorf("%d %s, not %d: %v", report.Checked[what], what, n, report.Checked)
+		}
+	}
+	if !report.OK() {
+		t.Errorf("violations: %v", report.Violations)
 	}
 }

@@ -14,6 +14,8 @@ import (
 	"net/http"
 	"slices"
 	"time"
+
+	"trivet/load/history"
 )
 
 // Issuer requests certificates, one per Op, each for a DNS name that nobody asked for before, and checks what it gets.
@@ -31,25 +33,18 @@ type Issuer struct {
 	Roots *x509.CertPool
 	// Recorder, if set, is told every certificate before Op returns.
 	Recorder *Recorder
+	// History, if set, is told of every operation, before it is sent and when it has returned. Principal is whom Client's identity names.
+	History   *history.Log
+	Principal string
 
-	run  string // makes the names of this Issuer its own
-	keys []*ecdsa.PrivateKey
+	run string // makes the names of this Issuer its own
 }
 
-// NewIssuer makes an Issuer with the given number of P-256 keys, used in turn: making a key for every request would
-// cost more than the request.
-func NewIssuer(url string, client *http.Client, keys int) (*Issuer, error) {
+// NewIssuer makes an Issuer. Every request has a key of its own, as certificates mostly do: what is kept of each key is not contended then.
+func NewIssuer(url string, client *http.Client) *Issuer {
 	var run [6]byte
 	_, _ = rand.Read(run[:]) // documented never to fail
-	s := &Issuer{URL: url, Client: client, Profile: "tls-server", Domain: "load.example.org", run: hex.EncodeToString(run[:])}
-	for range max(keys, 1) {
-		k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			return nil, fmt.Errorf("making a key: %w", err)
-		}
-		s.keys = append(s.keys, k)
-	}
-	return s, nil
+	return &Issuer{URL: url, Client: client, Profile: "tls-server", Domain: "load.example.org", run: hex.EncodeToString(run[:])}
 }
 
 // Request is one request for a certificate.
@@ -62,7 +57,11 @@ type Request struct {
 // Request makes the i-th request, with Idempotency-Key.
 func (s *Issuer) Request(i int) (Request, error) {
 	name := fmt.Sprintf("r%d.%s.%s", i, s.run, s.Domain)
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{name}}, s.keys[i%len(s.keys)])
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return Request{}, fmt.Errorf("making a key: %w", err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{name}}, key)
 	if err != nil {
 		return Request{}, fmt.Errorf("making a CSR: %w", err)
 	}
@@ -118,6 +117,20 @@ func (s *Issuer) Send(ctx context.Context, r Request) (Acknowledged, error) {
 		req.Header.Set("Idempotency-Key", r.Key)
 	}
 	req.GetBody = nil // or net/http repeats what has an Idempotency-Key by itself, and hides a lost answer
+	begun := s.History.Begin(history.Event{Kind: history.Issue, Client: s.Principal, Node: s.URL, Key: r.Key, Name: r.DNS})
+	a, err := s.send(ctx, r, req)
+	if err != nil {
+		begun.End(failed(err))
+		return Acknowledged{}, err
+	}
+	begun.End(history.Event{Outcome: history.OK, Status: http.StatusCreated, Object: a.ID, Replayed: a.Replayed, Bytes: a.DER})
+	if s.Recorder != nil {
+		s.Recorder.Add(a)
+	}
+	return a, nil
+}
+
+func (s *Issuer) send(ctx context.Context, r Request, req *http.Request) (Acknowledged, error) {
 	resp, answer, err := do(ctx, s.Client, req)
 	if err != nil {
 		return Acknowledged{}, err
@@ -130,21 +143,26 @@ func (s *Issuer) Send(ctx context.Context, r Request) (Acknowledged, error) {
 		return Acknowledged{}, fmt.Errorf("status 201, but %w", err)
 	}
 	a.Replayed = resp.Header.Get("Idempotency-Replayed") == "true"
-	if s.Recorder != nil {
-		s.Recorder.Add(a)
-	}
 	return a, nil
 }
 
 // read checks an acknowledgement against its request.
 func (s *Issuer) read(r Request, answer []byte) (Acknowledged, error) {
-	var got struct {
-		ID, Serial, Certificate string
-		Chain                   []string
-	}
+	var got issued
 	if err := json.Unmarshal(answer, &got); err != nil {
 		return Acknowledged{}, fmt.Errorf("the body is not JSON: %w", err)
 	}
+	return s.check(r, got)
+}
+
+// issued is what an answer says of a certificate.
+type issued struct {
+	ID, CA, Serial, Certificate string
+	Generation                  int
+	Chain                       []string
+}
+
+func (s *Issuer) check(r Request, got issued) (Acknowledged, error) {
 	cert, err := parsePEM(got.Certificate)
 	if err != nil {
 		return Acknowledged{}, fmt.Errorf("the certificate is unreadable: %w", err)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ocsp"
+
+	"trivet/load/history"
 )
 
 // Responder asks an OCSP responder for the status of certificates, one per Op, and verifies every answer. It is safe
@@ -29,6 +31,9 @@ type Responder struct {
 	GET bool
 	// Want, if set, says what is wrong with a verified answer: its status, its times. Without it Good is demanded.
 	Want func(i int, cert *x509.Certificate, answer *ocsp.Response) error
+	// History, if set, is told of every question and its answer. Generation is the issuer as ids of certificates have it: "demo-g1".
+	History    *history.Log
+	Generation string
 	// Now is nil for time.Now.
 	Now func() time.Time
 }
@@ -51,6 +56,21 @@ func (s *Responder) Op(ctx context.Context, i int) error {
 // Ask asks for one certificate and returns the answer if it is about this certificate, current, and signed by the
 // issuer or by a responder the issuer delegated (RFC 6960 4.2.2.2).
 func (s *Responder) Ask(ctx context.Context, cert *x509.Certificate) (*ocsp.Response, error) {
+	begun := s.History.Begin(history.Event{
+		Kind: history.Status, Node: s.URL, Object: fmt.Sprintf("%s:%x", s.Generation, cert.SerialNumber.Bytes()),
+	})
+	answer, err := s.ask(ctx, cert)
+	if err != nil {
+		e := failed(err)
+		e.Outcome = history.Failed // a question changes nothing
+		begun.End(e)
+		return nil, err
+	}
+	begun.End(history.Event{Outcome: history.OK, Status: http.StatusOK, Answer: StatusName(answer.Status), Bytes: answer.Raw})
+	return answer, nil
+}
+
+func (s *Responder) ask(ctx context.Context, cert *x509.Certificate) (*ocsp.Response, error) {
 	question, err := ocsp.CreateRequest(cert, s.Issuer, nil)
 	if err != nil {
 		return nil, fmt.Errorf("making an OCSP request: %w", err)
