@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -12,7 +13,9 @@ import (
 
 	"github.com/goccy/go-yaml"
 
-	"trivet/hsmsync"
+	"trivet/ca/weakkey"
+	"trivet/db"
+	"trivet/holder"
 	"trivet/identity"
 )
 
@@ -32,6 +35,9 @@ type config struct {
 	BaseURL  string `yaml:"base_url"`  // http://host[:port] of CRLs, OCSP and issuer certificates, without a trailing slash; goes into certificates
 	Profiles string `yaml:"profiles"`  // directory of *.yaml profiles; empty: those that come with the program
 
+	MACKeyFile string   `yaml:"mac_key_file"` // keys, mode 0600, that all CA nodes share: what another wrote into the database is signed only if it holds
+	WeakKeys   []string `yaml:"weak_keys"`    // files of keys whose private half is known, such as Debian's; see docs/concepts/checks.md
+
 	Database struct {
 		Nodes        []string `yaml:"nodes"`         // host:port, in order of preference
 		Name         string   `yaml:"name"`          // default trivet
@@ -40,15 +46,34 @@ type config struct {
 		TLS          bool     `yaml:"tls"`           // with this node's identity; servers must have role db
 	} `yaml:"database"`
 
-	HSM struct {
-		Group   string           `yaml:"group"`   // key group
-		Members []hsmsync.Member `yaml:"members"` // name and address of each hsmd with which the group began; of others its log tells
-	} `yaml:"hsm"`
+	Journal journalConfig `yaml:"journal"` // how the journal in state_dir is kept
+	// Peers are the other CA nodes: name, and address (host:port) of listen.api. The first that answers keeps a copy of everything that this
+	// node releases, and a recovery round waits for all of them.
+	Peers []holder.Peer `yaml:"peers"`
+	// AllowSingleCopy lets this node release when one database node is left and no peer answers: what that node then loses is gone. Default false.
+	AllowSingleCopy bool `yaml:"allow_single_copy"`
+	// AcknowledgeJournal names incarnations of this node, in hex, that the database knows and the journal does not: the journal is an older copy,
+	// or new. Without them the node does not start. See docs/runbooks/database-lost-commits.md.
+	AcknowledgeJournal []string `yaml:"acknowledge_journal"`
 
-	Sync *syncConfig `yaml:"sync"` // absent: the HSM group's keys are kept in step elsewhere
+	Sync *syncConfig `yaml:"sync"` // absent: the HSM groups' keys are kept in step elsewhere
 }
 
-// syncConfig is who keeps the HSM group's keys in step: one node at a time, whichever holds the lease. It is not the node itself, which may
+// journalConfig is how the journal is kept. Everything has a default; without an archive every segment stays in state_dir for ever.
+type journalConfig struct {
+	SegmentBytes int64         `yaml:"segment_bytes"` // after which a segment ends, 1 MiB to 1 GiB; default 64 MiB
+	SegmentAge   time.Duration `yaml:"segment_age"`   // after which it ends anyway, 1m or more; default 24h
+	ReserveBytes int64         `yaml:"reserve_bytes"` // of the disk, held back for finishing what was begun, 4 MiB or more; default 16 MiB
+	Plain        bool          `yaml:"plain"`         // sealed segments are not compressed
+	Archive      struct {
+		Dir     string        `yaml:"dir"`     // an existing directory of this node's own, such as a mounted share
+		Command []string      `yaml:"command"` // or a program that stores and verifies: docs/concepts/journal.md
+		Timeout time.Duration `yaml:"timeout"` // for one run of the command; default 10m
+		Keep    time.Duration `yaml:"keep"`    // how long a segment stays in state_dir too; default: for ever
+	} `yaml:"archive"`
+}
+
+// syncConfig is who keeps the keys of every HSM group in step: one node at a time for each group, whichever holds the lease. It is not the node itself, which may
 // sign: this identity may move keys and use none.
 type syncConfig struct {
 	Identity     identity.Files `yaml:"identity"`      // PEM files of role sync; re-read when they change
@@ -100,6 +125,7 @@ func (c *config) validate() error {
 	check(c.Listen.API != c.Listen.Admin, "listen: api and admin must differ")
 	check(c.Site != "", "site is missing")
 	check(c.StateDir != "", "state_dir is missing")
+	check(c.MACKeyFile != "", "mac_key_file is missing: pkictl init makes it, and every CA node needs a copy")
 	base, err := url.Parse(c.BaseURL)
 	check(err == nil && base.Scheme == "http" && base.Host != "" && base.Path == "" && base.RawQuery == "" && base.User == nil,
 		"base_url %q: want http://host[:port] without a path", c.BaseURL)
@@ -110,11 +136,19 @@ func (c *config) validate() error {
 	}
 	check(c.Database.User != "", "database.user is missing")
 	check(c.Database.PasswordFile != "", "database.password_file is missing")
-	check(c.HSM.Group != "", "hsm.group is missing")
-	check(len(c.HSM.Members) > 0, "hsm.members is missing")
-	for i, m := range c.HSM.Members {
-		check(m.Name != "", "hsm.members[%d].name is missing", i)
-		address(fmt.Sprintf("hsm.members[%d].address", i), m.Address)
+	j := c.Journal
+	check(j.SegmentBytes == 0 || j.SegmentBytes >= 1<<20 && j.SegmentBytes <= 1<<30, "journal.segment_bytes %d: want 1 MiB to 1 GiB", j.SegmentBytes)
+	check(j.SegmentAge == 0 || j.SegmentAge >= time.Minute, "journal.segment_age %s: want 1m or more", j.SegmentAge)
+	check(j.ReserveBytes == 0 || j.ReserveBytes >= 4<<20, "journal.reserve_bytes %d: want 4 MiB or more", j.ReserveBytes)
+	check(j.Archive.Dir == "" || len(j.Archive.Command) == 0, "journal.archive: give dir or command, not both")
+	check(j.Archive.Keep >= 0 && (j.Archive.Keep == 0 || j.Archive.Dir != "" || len(j.Archive.Command) > 0), "journal.archive.keep: segments are removed only if they are archived")
+	for i, p := range c.Peers {
+		check(nodeForm.MatchString(p.Name) && p.Name != c.Node, "peers[%d].name %q: want the name of another CA node", i, p.Name)
+		address(fmt.Sprintf("peers[%d].address", i), p.Address)
+	}
+	for i, s := range c.AcknowledgeJournal {
+		raw, err := hex.DecodeString(s)
+		check(err == nil && len(raw) == 16, "acknowledge_journal[%d] %q: want an incarnation, 32 hexadecimal digits", i, s)
 	}
 	if s := c.Sync; s != nil {
 		check(s.Identity.Cert != "" && s.Identity.Key != "" && s.Identity.Trust != "", "sync.identity: cert, key and trust are all needed")
@@ -132,8 +166,19 @@ func (c *config) checkFiles() error {
 	} else if !info.IsDir() {
 		return fmt.Errorf("state_dir %s: %w", c.StateDir, errNoDir)
 	}
+	if dir := c.Journal.Archive.Dir; dir != "" {
+		if info, err := os.Stat(dir); err != nil || !info.IsDir() {
+			return fmt.Errorf("journal.archive.dir %s: it is no directory; mount or create it: %w", dir, errors.Join(err, errNoDir))
+		}
+	}
 	if _, err := os.Stat(c.Database.PasswordFile); err != nil {
 		return fmt.Errorf("database.password_file: %w", err)
+	}
+	if _, err := db.LoadMACKeys(c.MACKeyFile); err != nil {
+		return fmt.Errorf("mac_key_file: %w", err)
+	}
+	if _, err := weakkey.LoadList(c.WeakKeys...); err != nil {
+		return fmt.Errorf("weak_keys: %w", err)
 	}
 	if c.Sync != nil {
 		if _, err := os.Stat(c.Sync.PasswordFile); err != nil {

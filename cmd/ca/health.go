@@ -116,19 +116,27 @@ func (h *healthLoop) make(ctx context.Context) {
 
 	database := h.n.store.Ready()
 	healthy, nodes := 0, h.n.store.Nodes()
+	var unfit, diverged []string
 	for _, node := range nodes {
+		switch {
+		case node.Diverged:
+			diverged = append(diverged, node.Address+": "+node.Cause)
+		case !node.Healthy:
+			unfit = append(unfit, "; "+node.Address+": "+node.Cause)
+		case node.Slow != "":
+			unfit = append(unfit, "; "+node.Address+": "+node.Slow)
+		}
 		if node.Healthy {
 			healthy++
 		}
 	}
-	check("database", database, fmt.Sprintf("%d of %d nodes", healthy, len(nodes)))
-	var journal error
-	select {
-	case <-h.n.journal.Failed():
-		journal = errors.New("the journal has failed")
-	default:
+	check("database", database, fmt.Sprintf("%d of %d nodes", healthy, len(nodes))+strings.Join(unfit, ""))
+	var history error
+	if len(diverged) > 0 {
+		history = errors.New(strings.Join(diverged, "; "))
 	}
-	check("journal", journal, "")
+	check("database-history", history, "")
+	journal, full := h.journal(check)
 
 	if !h.begun.Load() {
 		h.mu.Lock()
@@ -141,29 +149,70 @@ func (h *healthLoop) make(ctx context.Context) {
 		h.publish(r)
 		return
 	}
-	able("read", database, journal)
-	able("revoke", database, journal)
+	round := h.n.second.rounds.Status()
+	holder, lag := h.n.second.copier.Holder()
+	var alone error
+	if holder == "" && database == nil {
+		alone = round.Alone
+	}
+	able("read", database, journal, round.Err, alone)
+	able("revoke", database, journal, round.Err, alone)
 	able("admin", journal)
+	check("copies", copies(h.n.cfg, holder, lag), "held by "+holder)
+	check("recovery", round.Err, fmt.Sprintf("round %d", round.State.N))
 	all, err := h.members()
 	check("hsm", err, all)
 	for _, a := range h.n.engine.Authorities().All() {
-		if a.Certificate == nil || a.State == ca.StateExternal || a.Group != h.n.cfg.HSM.Group {
+		if a.Certificate == nil || a.State == ca.StateExternal {
 			continue
 		}
-		ready, err := h.n.group.Ready(a.KeyID)
+		ready, err := h.n.groups.Ready(a.Group, a.KeyID)
 		check("hsm:"+a.Issuer, err, fmt.Sprintf("%d members hold the key", ready))
-		able("crl:"+a.Issuer, database, journal, err)
+		able("crl:"+a.Issuer, database, journal, err, alone)
 	}
 	for name, err := range h.issue(ctx) {
-		able(name, err)
+		able(name, err, full, alone)
 	}
 	h.publish(r)
 }
 
-// members tells how each member of the HSM group is, as this node sees it. The error is that some do not serve that should.
+// journal tells whether the journal can be written to at all, and whether it has room for new work.
+func (h *healthLoop) journal(check func(string, error, string)) (failed, full error) {
+	select {
+	case <-h.n.journal.Failed():
+		failed = errors.New("the journal has failed")
+		check("journal", failed, "")
+		return failed, nil
+	default:
+	}
+	s := h.n.journal.Status()
+	full = s.Full
+	detail := fmt.Sprintf("%d segments, %d MiB", s.Segments, s.Bytes>>20)
+	if s.Unarchived > 0 {
+		detail += fmt.Sprintf(", %d not archived yet", s.Unarchived)
+	}
+	if s.Trouble != nil {
+		detail += ": " + s.Trouble.Error()
+	}
+	check("journal", full, detail)
+	return nil, full
+}
+
+// copies says why what this node releases has no copy on another one.
+func copies(cfg *config, holder string, lag uint64) error {
+	if len(cfg.Peers) == 0 || holder != "" && lag == 0 {
+		return nil
+	}
+	if holder == "" {
+		return fmt.Errorf("no peer keeps copies of what this node releases: %d records have none", lag)
+	}
+	return fmt.Errorf("%s lacks copies of %d records and is catching up", holder, lag)
+}
+
+// members tells how each member of the HSM groups is, as this node sees it. The error is that some do not serve that should.
 func (h *healthLoop) members() (all string, err error) {
 	var well, unwell []string
-	for _, g := range h.n.group.Status().Groups {
+	for _, g := range h.n.groups.Status().Groups {
 		for _, m := range g.Members {
 			one := m.Name + " " + m.State
 			switch m.State {
@@ -195,7 +244,7 @@ func (h *healthLoop) issue(ctx context.Context) map[string]error {
 			continue
 		}
 		if active, err := snapshot.Issuing(a.CA, time.Now()); err == nil {
-			if _, err := h.n.group.Ready(active.KeyID); err != nil {
+			if _, err := h.n.groups.Ready(active.Group, active.KeyID); err != nil {
 				capabilities[name] = err
 			}
 		}

@@ -7,12 +7,12 @@ import (
 	"trivet/hsmsync"
 )
 
-// keys gives the engine the group's keys. It is here, since package ca knows no HSM.
-type keys struct{ group *hsmsync.Group }
+// keys gives the engine the HSM groups' keys. It is here, since package ca knows no HSM.
+type keys struct{ groups *hsmsync.Groups }
 
-// Key returns a live key of the group.
-func (k keys) Key(ctx context.Context, id string) (ca.Signer, error) {
-	key, err := k.group.Key(ctx, id)
+// Key returns a live key of the group that its name says.
+func (k keys) Key(ctx context.Context, name ca.KeyName) (ca.Signer, error) {
+	key, err := k.groups.Key(ctx, name.Group, name.ID)
 	if err != nil {
 		return nil, err
 	}

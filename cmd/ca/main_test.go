@@ -55,11 +55,9 @@ const (
 func newLab(t *testing.T) *lab {
 	t.Helper()
 	l := &lab{database: cluster.Need(t).New(t), Lab: hsmtest.NewLab(t), journal: t.TempDir()}
-	members := ""
 	for _, name := range []string{"hsmd-a", "hsmd-b"} {
 		m := l.Start(name)
 		l.members = append(l.members, m)
-		members += fmt.Sprintf("    - {name: %s, address: %q}\n", m.Name, m.Addr)
 	}
 	l.dir = filepath.Dir(l.members[0].Dir)
 	l.establish(t)
@@ -78,22 +76,24 @@ listen: {api: %q, admin: %q}
 state_dir: %s
 site: here
 base_url: http://pki.test
-database: {nodes: %s, name: %s, user: %s, password_file: %s}
-hsm:
-  group: main
-  members:
-%ssync: {identity: {cert: %[12]s/cert.pem, key: %[12]s/key.pem, trust: %[12]s/trust.pem}, user: %[9]s, password_file: %[10]q}
-`, id, id, id, apiAddress, adminAddress, l.journal, nodes, l.database.Name, l.database.User, l.database.PasswordFile, members, filepath.Join(l.dir, "sync-sync-ca1")))
+mac_key_file: %[12]s
+database: {nodes: %[7]s, name: %s, user: %s, password_file: %s}
+sync: {identity: {cert: %[11]s/cert.pem, key: %[11]s/key.pem, trust: %[11]s/trust.pem}, user: %[9]s, password_file: %[10]q}
+`, id, id, id, apiAddress, adminAddress, l.journal, nodes, l.database.Name, l.database.User, l.database.PasswordFile, filepath.Join(l.dir, "sync-sync-ca1"), macKeys(t, t.TempDir())))
 	return l
 }
 
-func (l *lab) group(t *testing.T, store *db.Store, role identity.Role) *hsmsync.Group {
+// macKeys makes a file of MAC keys in dir.
+func macKeys(t *testing.T, dir string) string {
 	t.Helper()
-	var members []hsmsync.Member
-	for _, m := range l.members {
-		members = append(members, hsmsync.Member{Name: m.Name, Address: m.Addr})
-	}
-	g, err := hsmsync.New(hsmsync.Config{Group: "main", Members: members, Identity: l.Identity(role, "init"), Manifest: hsmsync.NewManifest(store), Epoch: 1, Log: discard})
+	file := filepath.Join(dir, "mac-keys")
+	hsmtest.Write(t, file, strings.Repeat("7e57", 16))
+	return file
+}
+
+func (l *lab) groups(t *testing.T, store *db.Store, role identity.Role) *hsmsync.Groups {
+	t.Helper()
+	g, err := hsmsync.NewGroups(hsmsync.Config{Identity: l.Identity(role, "init"), Manifest: hsmsync.NewManifest(store), Epoch: 1, Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +151,7 @@ func (l *lab) establish(t *testing.T) {
 			ResponderGroup: "main", ResponderKeyID: string(status.ID), ResponderSPKI: status.SPKI,
 		}
 	}
-	ceremony := l.group(t, store, identity.RoleCeremony)
+	ceremony := l.groups(t, store, identity.RoleCeremony)
 	n := catest.Start(t, l.database, keys{ceremony}, catest.Config{Name: "init"})
 	insist(t, ctx, func() error { return ca.Establish(ctx, n.Engine, spec) })
 }
@@ -346,6 +346,7 @@ func TestConfigurationMistakesAreNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	macs := macKeys(t, dir)
 	good := fmt.Sprintf(`cluster: lab
 node: ca1
 identity: {cert: %s, key: %s, trust: %s}
@@ -353,12 +354,12 @@ listen: {api: "127.92.4.2:8443", admin: "127.92.4.2:9443"}
 state_dir: %s
 site: here
 base_url: http://pki.test
-database: {nodes: ["127.92.4.9:3306"], user: ca, password_file: %s}
-hsm:
-  group: main
-  members: [{name: hsmd-a, address: "127.92.4.8:7443"}]
-sync: {identity: {cert: %s, key: %s, trust: %s}, user: sync, password_file: %s}
-`, files.Cert, files.Key, files.Trust, dir, files.Key, mover.Cert, mover.Key, mover.Trust, mover.Key)
+mac_key_file: %[9]s
+database: {nodes: ["127.92.4.9:3306"], user: ca, password_file: %[5]s}
+sync: {identity: {cert: %[6]s, key: %[7]s, trust: %[8]s}, user: sync, password_file: %[7]s}
+`, files.Cert, files.Key, files.Trust, dir, files.Key, mover.Cert, mover.Key, mover.Trust, macs)
+	list := filepath.Join(dir, "weak")
+	hsmtest.Write(t, list, "no hex")
 	path := filepath.Join(dir, "ca.yaml")
 	check := func(text string) error {
 		hsmtest.Write(t, path, text)
@@ -383,10 +384,11 @@ sync: {identity: {cert: %s, key: %s, trust: %s}, user: sync, password_file: %s}
 		{`["127.92.4.9:3306"]`, "[]", "database.nodes"},
 		{"user: ca, ", "", "database.user"},
 		{"password_file: " + files.Key, "password_file: " + dir + "/nonesuch", "password_file"},
-		{"group: main", "group: ''", "hsm.group"},
-		{"127.92.4.8:7443", "here", "hsm.members[0].address"},
 		{"site: here", "site: here\nprofiles: " + dir + "/infra", "profile"},
 		{files.Trust, files.Key, "trust"},
+		{"mac_key_file: " + macs, "", "mac_key_file is missing"},
+		{"mac_key_file: " + macs, "mac_key_file: " + files.Cert, "mac_key_file"},
+		{"site: here", "site: here\nweak_keys: [" + list + "]", "weak_keys"},
 		{"user: sync, ", "", "sync.user"},
 		{"password_file: " + mover.Key, "password_file: " + dir + "/nonesuch", "sync.password_file"},
 		{"password_file: " + mover.Key, "every: 2h, password_file: " + mover.Key, "sync.every"},

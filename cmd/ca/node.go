@@ -23,6 +23,7 @@ import (
 
 	"trivet/ca"
 	"trivet/ca/api"
+	"trivet/ca/weakkey"
 	"trivet/db"
 	"trivet/hsmsync"
 	"trivet/identity"
@@ -51,7 +52,7 @@ type node struct {
 	journal  *journal.Journal
 	registry *prometheus.Registry
 	store    *db.Store
-	group    *hsmsync.Group
+	groups   *hsmsync.Groups
 	epoch    uint64
 	lane     *db.Lane // of certificates
 	status   *db.Lane // of revocations, CRLs and responders
@@ -59,6 +60,7 @@ type node struct {
 	barrier  *ca.Barrier
 	revoker  *ca.Revoker
 	crls     *ca.CRLs
+	second   *second
 	health   *healthLoop
 }
 
@@ -92,7 +94,8 @@ func (n *node) run(ctx context.Context) (err error) {
 	}
 	// The journal before the database: its lock keeps a second process of this node out, its incarnation names the lanes, and whatever is
 	// signed later is in it.
-	n.journal, err = journal.Open(journal.Config{Dir: n.cfg.StateDir, Node: n.cfg.Node, Log: n.log})
+	n.registry = prometheus.NewRegistry()
+	n.journal, err = journal.Open(n.journalConfig())
 	if err != nil {
 		return fmt.Errorf("opening the journal: %w", err)
 	}
@@ -100,13 +103,20 @@ func (n *node) run(ctx context.Context) (err error) {
 	incarnation := n.journal.Incarnation()
 	n.log = n.log.With("incarnation", hex.EncodeToString(incarnation[:4]))
 
-	n.registry = prometheus.NewRegistry()
 	n.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	if n.store, err = db.Open(n.database()); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.store.Close()) }()
 	n.health = newHealthLoop(n)
+	defer func() {
+		if n.second != nil {
+			err = errors.Join(err, n.second.held.Close())
+		}
+	}()
+	if err := n.openSecond(); err != nil {
+		return err
+	}
 
 	// Listeners come early, so that a node that waits for the database says so; until it is ready they answer nothing but that.
 	servers, err := n.listen()
@@ -157,6 +167,15 @@ func (n *node) run(ctx context.Context) (err error) {
 	return err
 }
 
+func (n *node) journalConfig() journal.Config {
+	c := n.cfg.Journal
+	return journal.Config{
+		Dir: n.cfg.StateDir, Node: n.cfg.Node, SegmentSize: c.SegmentBytes, SegmentAge: c.SegmentAge, Reserve: c.ReserveBytes, Plain: c.Plain,
+		Archive: journal.Archive{Dir: c.Archive.Dir, Command: c.Archive.Command, Timeout: c.Archive.Timeout, Keep: c.Archive.Keep},
+		Log:     n.log, Metrics: n.registry,
+	}
+}
+
 func (n *node) database() db.Config {
 	c := n.cfg.Database
 	cfg := db.Config{Nodes: c.Nodes, Name: c.Name, User: c.User, PasswordFile: c.PasswordFile, Role: string(identity.RoleCA), Log: n.log, Metrics: n.registry}
@@ -168,28 +187,35 @@ func (n *node) database() db.Config {
 
 // start does what needs the database, and opens the doors.
 func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers []*server) error {
+	if err := n.retry(ctx, "comparing the journal with the database", n.compareJournal); err != nil {
+		return err
+	}
 	if err := n.retry(ctx, "claiming the lanes", n.claim); err != nil {
 		return err
 	}
-	// The group after the epoch: every signature is asked for in its name, and members refuse another's.
+	// The groups after the epoch: every signature is asked for in its name, and members refuse another's. Which groups there are the
+	// generations' rows say.
 	var err error
-	n.group, err = hsmsync.New(hsmsync.Config{
-		Group: n.cfg.HSM.Group, Site: n.cfg.Site, Members: n.cfg.HSM.Members, Identity: n.id, Manifest: hsmsync.NewManifest(n.store), Epoch: n.epoch,
-		Log: n.log, Metrics: n.registry,
+	n.groups, err = hsmsync.NewGroups(hsmsync.Config{
+		Site: n.cfg.Site, Identity: n.id, Manifest: hsmsync.NewManifest(n.store), Epoch: n.epoch, Log: n.log, Metrics: n.registry,
 	})
 	if err != nil {
 		return err
 	}
-	tasks.Go(func() error { return n.group.Run(work) })
+	tasks.Go(func() error { return n.groups.Run(work) })
 	if n.sync != nil {
 		if err := n.sync.start(work, n, tasks); err != nil {
 			return err
 		}
 	}
+	weak, err := weakkey.LoadList(n.cfg.WeakKeys...)
+	if err != nil {
+		return err
+	}
 	metrics := promhttp.HandlerFor(n.registry, promhttp.HandlerOpts{})
 	n.engine, err = ca.New(ca.Config{
-		Node: n.cfg.Node, Store: n.store, Journal: n.journal, Lane: n.lane, Keys: keys{n.group}, Profiles: n.profiles, Epoch: n.epoch,
-		BaseURL: n.cfg.BaseURL, Log: n.log, Metrics: n.registry,
+		Node: n.cfg.Node, Store: n.store, Journal: n.journal, Lane: n.lane, Keys: keys{n.groups}, MACKeys: n.second.macs, Profiles: n.profiles, WeakKeys: weak, Clocks: n.store, Epoch: n.epoch,
+		Rounds: n.second.rounds, BaseURL: n.cfg.BaseURL, Log: n.log, Metrics: n.registry,
 	})
 	if err != nil {
 		return err
@@ -209,7 +235,7 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 		}
 	})
 	n.revoker, err = ca.NewRevoker(ca.RevokerConfig{
-		Record: n.store, Lane: n.status, Journal: n.journal, Profiles: n.profiles, Barrier: n.barrier, Epoch: n.epoch, Log: n.log, Metrics: n.registry,
+		Record: n.store, Lane: n.status, Journal: n.journal, Profiles: n.profiles, Barrier: n.barrier, Rounds: n.second.rounds, Epoch: n.epoch, Log: n.log, Metrics: n.registry,
 		Fatal: func(err error) {
 			select {
 			case lost <- err:
@@ -227,25 +253,39 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 	if err != nil {
 		return err
 	}
+	n.second.start(work, tasks) // when the lanes are known to it
 	tasks.Go(func() error { return n.engine.Run(work) })
 	tasks.Go(func() error { return n.barrier.Run(work) })
 	tasks.Go(func() error { return n.crls.Run(work) })
 	tasks.Go(func() error { return responders.Run(work) })
 
+	blocker, err := ca.NewBlocker(ca.BlockerConfig{Record: n.store, Journal: n.journal, Revoker: n.revoker, Authorities: n.engine.Authorities, Log: n.log})
+	if err != nil {
+		return err
+	}
 	for _, s := range servers {
 		handler, err := api.New(api.Config{
-			Identity: n.id, Issuer: n.engine, Revoker: n.revoker, CRLs: n.crls, Viewer: ca.NewViewer(n.engine), Record: n.store, Journal: n.journal,
+			Identity: n.id, Issuer: n.engine, Revoker: n.revoker, CRLs: n.crls, Viewer: ca.NewViewer(n.engine), Blocker: blocker, Record: n.store, Journal: n.journal,
 			Profiles: n.profiles, BaseURL: n.cfg.BaseURL, Health: n.health.report, Metrics: metrics, Log: n.log,
 		}, s.on)
 		if err != nil {
 			return err
 		}
-		s.open(handler)
+		s.open(n.second.handler(s.on, handler))
 	}
 	n.health.begin()
 	n.log.Info("ready", "api", n.cfg.Listen.API, "admin", n.cfg.Listen.Admin, "site_epoch", n.epoch)
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady) // there is nobody to tell unless systemd is
 	return nil
+}
+
+// compareJournal refuses a journal that is older than the database's memory of this node.
+func (n *node) compareJournal(ctx context.Context) error {
+	err := ca.CheckJournal(ctx, n.store, n.journal, n.cfg.Node, n.cfg.AcknowledgeJournal)
+	if errors.Is(err, ca.ErrJournalBehind) {
+		return backoff.Permanent(err)
+	}
+	return err
 }
 
 // claim fixes the site epoch, opens this incarnation's lanes and ends those of earlier ones: a commit of theirs that is still under way then
@@ -326,7 +366,7 @@ func (n *node) drain(work context.Context, servers []*server) {
 func (n *node) closeLanes() {
 	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
 	defer cancel()
-	for _, lane := range []*db.Lane{n.lane, n.status} {
+	for _, lane := range n.second.rounds.Lanes() {
 		if err := lane.Close(ctx); err != nil {
 			n.log.Warn("lane left open", "lane", lane.Name(), "err", err)
 		}

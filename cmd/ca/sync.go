@@ -7,12 +7,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"trivet/db"
-	"trivet/hsm/agent"
 	"trivet/hsmsync"
 	"trivet/identity"
 )
 
-// keySync keeps the keys of the HSM group in step: copies that are missing are made, keys that were destroyed are destroyed everywhere, and
+// keySync keeps the keys of every HSM group in step: copies that are missing are made, keys that were destroyed are destroyed everywhere, and
 // what nobody asked for is reported. It acts under an identity of its own, which can use no key.
 type keySync struct {
 	cfg *config
@@ -46,17 +45,12 @@ func (k *keySync) start(ctx context.Context, n *node, tasks *errgroup.Group) err
 	if err != nil {
 		return err
 	}
-	coordinator, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
-		Group: n.cfg.HSM.Group, Identity: k.id, Chain: hsmsync.NewManifest(store), Log: log,
-		Connect: func(name, address string) hsmsync.Agent { return agent.NewClient(name, address, k.id) },
-	})
-	if err != nil {
-		return err
-	}
+	record := hsmsync.NewManifest(store)
+	coordinators := hsmsync.CoordinatorConfig{Identity: k.id, Chain: record, Log: log, Metrics: n.registry}
 	tasks.Go(func() error { return k.id.Watch(ctx, identityEvery, log) })
 	tasks.Go(func() error {
 		defer store.Close()
-		return coordinator.RunReconcile(ctx, k.cfg.Sync.Every)
+		return hsmsync.ReconcileAll(ctx, coordinators, record, k.cfg.Sync.Every)
 	})
 	return nil
 }

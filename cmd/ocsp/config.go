@@ -10,7 +10,6 @@ import (
 
 	"github.com/goccy/go-yaml"
 
-	"trivet/hsmsync"
 	"trivet/identity"
 	"trivet/ocsp"
 )
@@ -38,11 +37,6 @@ type config struct {
 		PasswordFile string   `yaml:"password_file"` // re-read at every connection
 		TLS          bool     `yaml:"tls"`           // with this node's identity; servers must have role db
 	} `yaml:"database"`
-
-	HSM struct {
-		Group   string           `yaml:"group"`   // key group of the responder keys
-		Members []hsmsync.Member `yaml:"members"` // name and address of each hsmd
-	} `yaml:"hsm"`
 }
 
 // readConfig reads and checks the file; it connects to nothing.
@@ -94,11 +88,5 @@ func (c *config) validate() error {
 		address(fmt.Sprintf("database.nodes[%d]", i), node)
 	}
 	check(c.Database.User != "", "database.user is missing")
-	check(c.HSM.Group != "", "hsm.group is missing")
-	check(len(c.HSM.Members) > 0, "hsm.members is missing")
-	for i, m := range c.HSM.Members {
-		check(m.Name != "", "hsm.members[%d].name is missing", i)
-		address(fmt.Sprintf("hsm.members[%d].address", i), m.Address)
-	}
 	return errors.Join(bad...)
 }

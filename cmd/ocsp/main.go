@@ -8,7 +8,6 @@ package main
 
 import (
 	"context"
-	"crypto"
 	"crypto/rand"
 	"errors"
 	"flag"
@@ -111,8 +110,9 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return err
 	}
 	defer store.Close()
-	group, err := hsmsync.New(hsmsync.Config{
-		Group: cfg.HSM.Group, Site: cfg.Site, Members: cfg.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(store), Log: log, Metrics: metrics,
+	// Which groups there are the responders' rows say.
+	groups, err := hsmsync.NewGroups(hsmsync.Config{
+		Site: cfg.Site, Identity: id, Manifest: hsmsync.NewManifest(store), Log: log, Metrics: metrics,
 	})
 	if err != nil {
 		return err
@@ -122,13 +122,10 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		Record: ocsp.NewRecord(store, db.Member{
 			VA: cfg.Node, Policy: string(cfg.Policy), Address: cfg.Listen.Advertise, Incarnation: incarnation[:],
 		}),
-		Signer: func(ctx context.Context, name, key string) (crypto.Signer, error) {
-			if name != cfg.HSM.Group {
-				return nil, fmt.Errorf("key is in group %s, this node is configured for group %s", name, cfg.HSM.Group)
-			}
+		Signer: func(ctx context.Context, group, key string) (ocsp.Signer, error) {
 			ctx, cancel := context.WithTimeout(ctx, keyTimeout)
 			defer cancel()
-			return group.Key(ctx, key)
+			return groups.Key(ctx, group, key)
 		},
 	})
 	if err != nil {
@@ -156,7 +153,7 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	defer stopVA()
 	left := make(chan struct{})
 	parts.Go(func() error { return store.Run(base) })
-	parts.Go(func() error { return group.Run(base) })
+	parts.Go(func() error { return groups.Run(base) })
 	parts.Go(func() error { return id.Watch(base, watchIdentity, log) })
 	parts.Go(func() error { reloadOnHangup(base, id, log); return nil })
 	parts.Go(func() error { defer close(left); return va.Run(follow) })

@@ -39,10 +39,6 @@ listen: {public: "127.93.3.1:8080", internal: "127.93.3.1:8443"}
 site: primary
 drain: 10ms
 database: {nodes: ["127.93.3.9:3306"], user: ocsp, password_file: %q}
-hsm:
-  group: ca
-  members:
-    - {name: hsmd-a, address: "127.93.3.8:7443"}
 `, f.Cert, f.Key, f.Trust, f.Key))
 	return s
 }
@@ -80,7 +76,6 @@ func TestCheckValidatesAndRefusesUnknownKeys(t *testing.T) {
 		{"site: primary", "site: primary\npolicy: lax"}: "policy",
 		{"drain: 10ms", "drain: 1h"}:                    "drain",
 		{"127.93.3.1:8443", "0.0.0.0:8443"}:             "advertise",
-		{"group: ca", "group: ''"}:                      "hsm.group",
 	} {
 		s.write(t, strings.Replace(string(valid), change[0], change[1], 1))
 		if err := run(t.Context(), []string{"--config", s.path, "--check"}, io.Discard, quiet()); err == nil || !strings.Contains(err.Error(), want) {

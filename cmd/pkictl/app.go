@@ -29,6 +29,7 @@ type app struct {
 	dir      string // of a demo, for client commands
 	config   string // client configuration
 	as       string // demo identity
+	group    string // HSM group that is meant; "": the only one
 	force    bool   // do it although it leaves too little
 	began    bool   // a command's own code runs: its errors are no longer about usage
 }
@@ -77,8 +78,8 @@ Try it on one machine, without any preparation but installed packages:
   pkictl demo kill ca1            take something away, and try again
   pkictl demo down                leave nothing behind
 
-Client commands (cert, ca, health, hsm, key, fsck) find a running demo by themselves: in $TRIVET_DEMO_DIR, --dir or the default directory. For any
-other installation name a client configuration with --config:
+Commands find a running demo by themselves: in $TRIVET_DEMO_DIR, --dir or the default directory. For any other installation say which
+with --config. For cert, blocked-key, ca, health and approve that is a client configuration:
 
   api:    https://pki.example.org:8443      # issuing, through the balancer
   public: http://pki.example.org            # OCSP, CRLs, issuer certificates
@@ -103,7 +104,8 @@ well, 2 when the command line is wrong.`,
 	flags.StringVarP(&a.output, "output", "o", "text", "how to print data: text, or json for programs")
 	flags.StringVar(&a.dir, "dir", "", "directory of the demo (default $TRIVET_DEMO_DIR, or below /var/tmp)")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(a.demoCommand(), a.initCommand(), a.caCommand(), a.certCommand(), a.healthCommand(), a.fsckCommand(), a.hsmCommand(), a.keyCommand(), a.approveCommand(), a.manCommand())
+	root.AddCommand(a.demoCommand(), a.initCommand(), a.caCommand(), a.certCommand(), a.blockedKeyCommand(), a.healthCommand(), a.fsckCommand(), a.recoveryCommand(),
+		a.hsmCommand(), a.keyCommand(), a.approveCommand(), a.galeraCommand(), a.journalCommand(), a.manCommand())
 	return root
 }
 
@@ -194,7 +196,7 @@ func advice(p *problem.Problem) string {
 		return "give the whole id, {ca}-g{n}:{serial}"
 	case name == "bad-csr-signature", name == "malformed-csr":
 		return "make the CSR again, or let pkictl make it with --dns NAME --key-out FILE"
-	case name == "weak-key", name == "key-not-permitted":
+	case name == "weak-key", name == "blocked-key", name == "key-not-permitted":
 		return "make another key; the profile lists the permitted kinds"
 	case name == "reason-not-permitted":
 		return "name a --reason that your role may give: " + strings.Join(reasons, ", ")

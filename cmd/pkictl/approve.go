@@ -128,7 +128,7 @@ func (a *app) approve(ctx context.Context, file string, id *identity.Identity, y
 		if _, err := id.Approved(g.Request, all, len(all), time.Now(), approvers...); err != nil {
 			return approved{}, fmt.Errorf("%s: %w", file, err)
 		}
-		a.present(g, who)
+		a.present(g, id)
 		if !yes {
 			if err := a.confirm(ctx); err != nil {
 				return approved{}, err
@@ -161,14 +161,19 @@ func readApproved(file string, id *identity.Identity) (identity.Grant, []identit
 }
 
 // present shows everything that an approval would cover. Whatever could pass for something else is quoted.
-func (a *app) present(g identity.Grant, who identity.Principal) {
+func (a *app) present(g identity.Grant, id *identity.Identity) {
+	who := id.Principal()
 	r := g.Request
 	rows := [][2]string{{"action", r.Action}, {"object", r.Object}}
 	for _, k := range sorted(r.Detail) {
 		rows = append(rows, [2]string{"detail " + plain(k), r.Detail[k]})
 	}
+	signed := r.Proposer
+	if err := id.Proposed(g, time.Now()); err != nil {
+		signed += " (NOT PROVED, so HSM agents will refuse it: " + err.Error() + ")"
+	}
 	left := time.Until(r.Expires).Round(time.Minute)
-	rows = append(rows, [2]string{"proposed by", r.Proposer}, [2]string{"proposed at", stamp(&r.Created)},
+	rows = append(rows, [2]string{"proposed by", signed}, [2]string{"proposed at", stamp(&r.Created)},
 		[2]string{"expires", fmt.Sprintf("%s (in %d h %02d min)", stamp(&r.Expires), int(left.Hours()), int(left.Minutes())%60)},
 		[2]string{"request", hex.EncodeToString(r.Digest())})
 	width := 0

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -44,6 +45,7 @@ type keyMade struct {
 	ID      hsm.KeyID   `json:"id"`
 	Label   string      `json:"label"`
 	Purpose hsm.Purpose `json:"purpose"`
+	Group   string      `json:"group"`
 }
 
 type caMade struct {
@@ -60,8 +62,16 @@ func (a *app) initCommand() *cobra.Command {
 		Use:   "init --config FILE",
 		Short: "Make an installation ready to issue: schema, accounts, keys, CAs",
 		Long: `Make an installation ready to issue, step by step: the database's schema and accounts; the HSM group's domain key; a key for each CA and
-for each responder, cloned to every HSM and proved there; the root and the issuing CAs with their certificates, first CRLs and responder
-certificates.
+for each responder, cloned to every HSM of its group and proved there; the root and the issuing CAs with their certificates, first CRLs and
+responder certificates.
+
+Every key is in the group that "hsm" names in the configuration. Others are listed under "groups" and named by the key "group" of "root" and of
+each of "issuing", and by "ocsp_group" for the keys of the responders:
+
+  hsm:    {group: ca, members: [{name: hsmd-a, address: "hsmd-a.example.org:7443"}, …]}
+  groups: [{name: root, members: […]}, {name: va, members: […]}]
+  root:   {ca: example-root, subject: Example Root, group: root}
+  ocsp_group: va
 
 Every step looks first at what is there, so the command may be repeated after any failure, and on an installation that is complete. With
 --check the configuration is validated and nothing is connected to.`,
@@ -81,9 +91,9 @@ Every step looks first at what is there, so the command may be repeated after an
 				fmt.Fprintln(w, "ok")
 				return
 			}
-			fmt.Fprintf(w, "site %s, epoch %d, group %s\n\nKEY\tPURPOSE\tID\n", r.Site, r.Epoch, r.Group)
+			fmt.Fprintf(w, "site %s, epoch %d, group %s\n\nKEY\tPURPOSE\tGROUP\tID\n", r.Site, r.Epoch, r.Group)
 			for _, k := range r.Keys {
-				fmt.Fprintf(w, "%s\t%s\t%s\n", k.Label, k.Purpose, k.ID)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", k.Label, k.Purpose, k.Group, k.ID)
 			}
 			fmt.Fprintf(w, "\nCA\tSTATE\tCERTIFICATE\n")
 			for _, c := range r.CAs {
@@ -115,6 +125,9 @@ func (c *ceremony) run(ctx context.Context) (initResult, error) {
 		return initResult{}, fmt.Errorf("checking identity: certificate is for %s, configuration says %s", c.id.Principal(), want)
 	}
 	database := c.cfg.Base.database(c.id, c.log)
+	if err := c.step("MAC keys", c.macKeys); err != nil {
+		return initResult{}, err
+	}
 	if err := c.step("schema", func() error { return db.Migrate(ctx, database) }); err != nil {
 		return initResult{}, err
 	}
@@ -141,6 +154,18 @@ func (c *ceremony) run(ctx context.Context) (initResult, error) {
 	return c.result, err
 }
 
+// macKeys makes the file by which CA nodes recognise each other's rows, unless it is there: another key would make strangers of them.
+func (c *ceremony) macKeys() error {
+	_, err := os.Stat(c.cfg.MACKeyFile)
+	if errors.Is(err, os.ErrNotExist) {
+		err = writeFile(c.cfg.MACKeyFile, db.NewMACKey(), 0o600)
+	}
+	if err == nil {
+		_, err = db.LoadMACKeys(c.cfg.MACKeyFile)
+	}
+	return err
+}
+
 // establish makes keys and CAs.
 func (c *ceremony) establish(ctx context.Context, background *errgroup.Group) error {
 	c.result = initResult{Site: c.cfg.Site, Group: c.cfg.Base.HSM.Group}
@@ -155,52 +180,58 @@ func (c *ceremony) establish(ctx context.Context, background *errgroup.Group) er
 	return c.step("CAs", func() error { return c.authorities(ctx, background, specs) })
 }
 
-// keys sets the group up and has it make for each CA its own key and its responder's. It acts with role sync, which can use none of them.
+// keys sets the groups up and has them make for each CA its own key and its responder's. It acts with role sync, which can use none of them.
 func (c *ceremony) keys(ctx context.Context) ([]ca.GenerationSpec, error) {
 	id, err := identity.Load(c.cfg.Sync)
 	if err != nil {
 		return nil, err
 	}
-	group, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
-		Group: c.cfg.Base.HSM.Group, Identity: id, Chain: hsmsync.NewManifest(c.store), Log: c.log,
-	})
-	if err != nil {
-		return nil, err
-	}
-	defer group.Close()
-	members := slices.Clone(c.cfg.Base.HSM.Members)
-	for i, m := range members {
-		members[i].Site = cmp.Or(m.Site, c.cfg.Site)
-	}
-	if err := c.step("HSM group", func() error { return group.Setup(ctx, members, hsmsync.Policy{}) }); err != nil {
-		return nil, err
-	}
-	// Only the first record comes from the ceremony; later ones are approved.
-	if c.result.Epoch == 1 {
-		first := hsm.EpochRecord{Site: c.cfg.Site, Epoch: c.result.Epoch}
-		if err := c.step("site epoch", func() error { return group.SetEpoch(ctx, first) }); err != nil {
+	groups := map[string]*hsmsync.Coordinator{}
+	for _, g := range c.cfg.groups() {
+		group, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{Group: g.Name, Identity: id, Chain: hsmsync.NewManifest(c.store), Log: c.log})
+		if err != nil {
 			return nil, err
+		}
+		defer group.Close()
+		groups[g.Name] = group
+		members := slices.Clone(g.Members)
+		for i, m := range members {
+			members[i].Site = cmp.Or(m.Site, c.cfg.Site)
+		}
+		if err := c.step("HSM group "+g.Name, func() error { return group.Setup(ctx, members, hsmsync.Policy{}) }); err != nil {
+			return nil, err
+		}
+		// Only the first record comes from the ceremony; later ones are approved.
+		if c.result.Epoch == 1 {
+			first := hsm.EpochRecord{Site: c.cfg.Site, Epoch: c.result.Epoch}
+			if err := c.step("site epoch of HSM group "+g.Name, func() error { return group.SetEpoch(ctx, first) }); err != nil {
+				return nil, err
+			}
 		}
 	}
 	var specs []ca.GenerationSpec
 	for i, a := range append([]authority{c.cfg.Root}, c.cfg.Issuing...) {
 		spec := ca.GenerationSpec{
 			CA: a.CA, Generation: 1, Subject: pkix.Name{CommonName: a.Subject}, Lifetime: issuingLifetime,
-			KeyGroup: c.cfg.Base.HSM.Group, ResponderGroup: c.cfg.Base.HSM.Group,
+			KeyGroup: cmp.Or(a.Group, c.cfg.Base.HSM.Group), ResponderGroup: cmp.Or(c.cfg.OCSPGroup, c.cfg.Base.HSM.Group),
 		}
 		if i == 0 {
 			spec.Lifetime = rootLifetime
 		}
 		for _, purpose := range []hsm.Purpose{hsm.PurposeCA, hsm.PurposeOCSP} {
+			in := spec.KeyGroup
+			if purpose == hsm.PurposeOCSP {
+				in = spec.ResponderGroup
+			}
 			var record hsm.KeyRecord
-			err := c.step(fmt.Sprintf("key %s for %s", spec.Issuer(), purpose), func() (err error) {
-				record, err = group.CreateKey(ctx, hsm.KeySpec{Label: spec.Issuer(), Purpose: purpose, Algorithm: hsm.P256})
+			err := c.step(fmt.Sprintf("key %s for %s in group %s", spec.Issuer(), purpose, in), func() (err error) {
+				record, err = groups[in].CreateKey(ctx, hsm.KeySpec{Label: spec.Issuer(), Purpose: purpose, Algorithm: hsm.P256})
 				return err
 			})
 			if err != nil {
 				return nil, err
 			}
-			c.result.Keys = append(c.result.Keys, keyMade{ID: record.ID, Label: record.Label, Purpose: record.Purpose})
+			c.result.Keys = append(c.result.Keys, keyMade{ID: record.ID, Label: record.Label, Purpose: record.Purpose, Group: in})
 			if purpose == hsm.PurposeCA {
 				spec.KeyID = string(record.ID)
 			} else {
@@ -210,13 +241,6 @@ func (c *ceremony) keys(ctx context.Context) ([]ca.GenerationSpec, error) {
 		specs = append(specs, spec)
 	}
 	return specs, nil
-}
-
-func (c *ceremony) group(id *identity.Identity) (*hsmsync.Group, error) {
-	return hsmsync.New(hsmsync.Config{
-		Group: c.cfg.Base.HSM.Group, Site: c.cfg.Site, Members: c.cfg.Base.HSM.Members, Identity: id, Manifest: hsmsync.NewManifest(c.store),
-		Epoch: c.result.Epoch, Log: c.log,
-	})
 }
 
 // authorities brings the CAs into being, as a CA node of its own: with a journal, a lane of the change feed, and keys of role ceremony.
@@ -234,22 +258,33 @@ func (c *ceremony) authorities(ctx context.Context, background *errgroup.Group, 
 	if err != nil {
 		return fmt.Errorf("opening a lane of the change feed: %w", err)
 	}
-	group, err := c.group(c.id)
+	groups, err := hsmsync.NewGroups(hsmsync.Config{
+		Site: c.cfg.Site, Identity: c.id, Manifest: hsmsync.NewManifest(c.store), Epoch: c.result.Epoch, Log: c.log,
+	})
 	if err != nil {
 		return err
+	}
+	for _, spec := range specs { // so that members begin to prove their keys at once
+		if _, err := groups.Group(spec.KeyGroup); err != nil {
+			return err
+		}
 	}
 	profiles, err := ca.DefaultProfiles()
 	if err != nil {
 		return err
 	}
+	macs, err := db.LoadMACKeys(c.cfg.MACKeyFile)
+	if err != nil {
+		return err
+	}
 	engine, err := ca.New(ca.Config{
-		Node: c.cfg.Base.Node, Store: c.store, Journal: record, Lane: lane, Keys: keySource{group}, Profiles: profiles,
+		Node: c.cfg.Base.Node, Store: c.store, Journal: record, Lane: lane, Keys: keySource{groups}, MACKeys: macs, Profiles: profiles,
 		Epoch: c.result.Epoch, BaseURL: c.cfg.BaseURL, Log: c.log,
 	})
 	if err != nil {
 		return err
 	}
-	background.Go(func() error { return group.Run(ctx) })
+	background.Go(func() error { return groups.Run(ctx) })
 	working, stop := context.WithCancel(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- engine.Run(working) }()
@@ -316,12 +351,12 @@ func (c *ceremony) step(what string, fn func() error) error {
 	return nil
 }
 
-// keySource hands the group's keys to the engine.
-type keySource struct{ group *hsmsync.Group }
+// keySource hands the groups' keys to the engine.
+type keySource struct{ groups *hsmsync.Groups }
 
 // Key implements ca.KeySource.
-func (k keySource) Key(ctx context.Context, id string) (ca.Signer, error) {
-	key, err := k.group.Key(ctx, id)
+func (k keySource) Key(ctx context.Context, name ca.KeyName) (ca.Signer, error) {
+	key, err := k.groups.Key(ctx, name.Group, name.ID)
 	if err != nil {
 		return nil, err
 	}

@@ -35,20 +35,28 @@ agents come and go with add and remove, and wipe makes an HSM new.`,
 
 func (a *app) demoUp() *cobra.Command {
 	var network string
+	var groups []string
 	c := &cobra.Command{
 		Use:   "up",
 		Short: "Start the demo, and wait until it can issue",
 		Long: `Start the demo, and wait until it can issue. A running demo is left as it is; a stopped one starts again with its data. Two demos fit on
-one machine if each has its own --dir and --network.`,
+one machine if each has its own --dir and --network.
+
+With --groups root,ca,va the root key and the responders' keys are in HSM groups of their own, with two HSM agents each.`,
 		Example: `  pkictl demo up
+  pkictl demo up --groups root,ca,va
   pkictl demo up --dir /var/tmp/second --network 127.78.0.0/16`,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (cluster.Status, error) {
 			began := time.Now()
-			if _, err := cluster.NewLayout(a.dir, network); err != nil {
+			_, err := cluster.NewLayout(a.dir, network)
+			if err == nil {
+				err = cluster.CheckGroups(groups)
+			}
+			if err != nil {
 				return cluster.Status{}, usageError{err}
 			}
-			cl, err := cluster.Up(ctx, cluster.Options{Dir: a.dir, Network: network, Progress: a.err})
+			cl, err := cluster.Up(ctx, cluster.Options{Dir: a.dir, Network: network, Groups: groups, Progress: a.err})
 			if err != nil {
 				return cluster.Status{}, err
 			}
@@ -56,6 +64,8 @@ one machine if each has its own --dir and --network.`,
 			return cl.Status()
 		}, printEndpoints),
 	}
+	c.Flags().StringSliceVar(&groups, "groups", nil, "HSM groups: ca, and root and va if wanted (default ca)")
+	_ = c.RegisterFlagCompletionFunc("groups", cobra.FixedCompletions([]string{"root,ca,va"}, cobra.ShellCompDirectiveNoFileComp))
 	c.Flags().StringVar(&network, "network", "", "loopback /16 for the addresses (default "+cluster.DefaultNetwork+")")
 	return c
 }

@@ -21,6 +21,8 @@ type fsckConfig struct {
 	Site siteConfig `yaml:",inline"`
 	// Journals maps a node's name to its journal directory, mounted or copied here. Nodes left out are not checked.
 	Journals map[string]string `yaml:"journals"`
+	// MACKeyFile holds the keys by which CA nodes recognise each other's rows; without it those rows are not authenticated.
+	MACKeyFile string `yaml:"mac_key_file"`
 	// Responders are asked about every certificate, each directly: name, and url of its public listener.
 	Responders []fsck.Responder `yaml:"responders"`
 }
@@ -35,7 +37,7 @@ func (a *app) fsckCommand() *cobra.Command {
 reads, and the cluster goes on meanwhile. The exit code is 1 if anything is violated or could not be checked.
 
 Without --config the running demo is checked. The configuration holds cluster, node, identity (role fsck), database, journals
-(node: directory) and responders (name, url).`,
+(node: directory), mac_key_file and responders (name, url).`,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (fsck.Report, error) {
 			if config == "" {
@@ -63,6 +65,9 @@ Without --config the running demo is checked. The configuration holds cluster, n
 			for _, name := range names {
 				fmt.Fprintf(w, "%s\t%d\n", strings.ReplaceAll(name, "_", " "), r.Checked[name])
 			}
+			for _, what := range r.Unchecked {
+				fmt.Fprintf(w, "\nnot checked: %s\n", what)
+			}
 			if r.OK {
 				fmt.Fprintln(w, "\nno invariant is violated")
 				return
@@ -80,6 +85,13 @@ Without --config the running demo is checked. The configuration holds cluster, n
 }
 
 func runFsck(ctx context.Context, cfg *fsckConfig, settle, crlDelay time.Duration) (fsck.Report, error) {
+	var macs *db.MACKeys
+	if cfg.MACKeyFile != "" {
+		var err error
+		if macs, err = db.LoadMACKeys(cfg.MACKeyFile); err != nil {
+			return fsck.Report{}, err
+		}
+	}
 	id, err := identity.Load(cfg.Site.Identity)
 	if err != nil {
 		return fsck.Report{}, err
@@ -96,5 +108,5 @@ func runFsck(ctx context.Context, cfg *fsckConfig, settle, crlDelay time.Duratio
 		_ = store.Run(probing) // ends with stop
 	}()
 	defer func() { stop(); <-ended }()
-	return fsck.Run(ctx, fsck.Config{Store: store, Journals: cfg.Journals, Responders: cfg.Responders, Settle: settle, CRLDelay: crlDelay})
+	return fsck.Run(ctx, fsck.Config{Store: store, Journals: cfg.Journals, MACKeys: macs, Responders: cfg.Responders, Settle: settle, CRLDelay: crlDelay})
 }

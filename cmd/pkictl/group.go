@@ -22,28 +22,47 @@ import (
 
 // groupSite is an HSM group as an operator's command works on it: under an identity of role sync, which may move keys and use none.
 type groupSite struct {
-	app         *app
-	cfg         siteConfig
-	demo        *cluster.Cluster // nil with --config
-	id          *identity.Identity
-	store       *db.Store
-	progress    *progress
+	app      *app
+	cfg      siteConfig
+	demo     *cluster.Cluster // nil with --config
+	id       *identity.Identity
+	store    *db.Store
+	record   *hsmsync.Record
+	log      *slog.Logger
+	progress *progress
+
+	group       string // which one is meant; set by choose and use
 	coordinator *hsmsync.Coordinator
 }
 
 // groupFlags gives a command, and those below it, what openGroup reads.
 func (a *app) groupFlags(c *cobra.Command) *cobra.Command {
 	c.PersistentFlags().StringVar(&a.config, "config", "", "configuration of the site; without it the running demo is used")
+	c.PersistentFlags().StringVar(&a.group, "group", "", "the HSM group that is meant, if there are several")
+	_ = c.RegisterFlagCompletionFunc("group", a.groupNames)
 	return c
 }
 
 const groupHelp = `
 
-Without --config the running demo is used. The configuration holds cluster, node, identity (role sync), database and hsm, as that of
-"pkictl init" does.`
+Without --config the running demo is used. The configuration holds cluster, node, identity (role sync) and database, as that of
+"pkictl init" does. --group names the HSM group; where there is but one it need not be named.`
 
-// openGroup connects to nothing yet. The caller closes it.
-func (a *app) openGroup() (*groupSite, error) {
+// openGroup opens the site and finds out which group is meant. The caller closes it.
+func (a *app) openGroup(ctx context.Context) (*groupSite, error) {
+	s, err := a.openSite()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.choose(ctx); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// openSite connects to nothing yet. The caller closes it.
+func (a *app) openSite() (*groupSite, error) {
 	s := &groupSite{app: a}
 	file := a.config
 	if file == "" {
@@ -66,24 +85,84 @@ func (a *app) openGroup() (*groupSite, error) {
 	if err != nil {
 		return nil, fmt.Errorf("checking the configuration %s: %w", file, err)
 	}
-	log := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelError}))
-	if s.store, err = db.Open(s.cfg.database(s.id, log)); err != nil {
+	s.log = slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelError}))
+	if s.store, err = db.Open(s.cfg.database(s.id, s.log)); err != nil {
 		return nil, err
 	}
-	s.progress = newProgress(a.err)
-	s.coordinator, err = hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
-		Group: s.cfg.HSM.Group, Identity: s.id, Chain: hsmsync.NewManifest(s.store), Force: a.force, Log: log, Progress: s.progress.show,
-	})
-	if err != nil {
-		return nil, errors.Join(err, s.store.Close())
-	}
+	s.record, s.progress = hsmsync.NewManifest(s.store), newProgress(a.err)
 	return s, nil
 }
 
 func (s *groupSite) close() {
 	s.progress.end()
-	s.coordinator.Close()
+	if s.coordinator != nil {
+		s.coordinator.Close()
+	}
 	_ = s.store.Close()
+}
+
+// use makes a group, which may be yet to be created, the one that is meant.
+func (s *groupSite) use(group string) (err error) {
+	s.group = group
+	s.coordinator, err = hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
+		Group: group, Identity: s.id, Chain: s.record, Force: s.app.force, Log: s.log, Progress: s.progress.show,
+	})
+	return err
+}
+
+// groups lists the groups that the record has, those that were deleted at the end.
+func (s *groupSite) groups(ctx context.Context) (there, deleted []string, err error) {
+	bounded, cancel := context.WithTimeout(ctx, stateTimeout)
+	defer cancel()
+	all, err := s.record.Groups(bounded)
+	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("which HSM groups there are could not be read within %s: `pkictl health` says how the database is", stateTimeout)
+	}
+	for _, g := range all {
+		if g.Deleted {
+			deleted = append(deleted, g.Name)
+		} else {
+			there = append(there, g.Name)
+		}
+	}
+	return there, deleted, err
+}
+
+var errNoGroup = errors.New("there is no HSM group: `pkictl init` makes the first, `pkictl hsm group create` others")
+
+// choose finds out which group is meant: the one that --group names, or the only one there is.
+func (s *groupSite) choose(ctx context.Context) error {
+	there, deleted, err := s.groups(ctx)
+	name := s.app.group
+	switch {
+	case err != nil:
+		return err
+	case name != "" && slices.Contains(deleted, name):
+		return fmt.Errorf("group %s was deleted: `pkictl hsm group list` shows what is left of it", name)
+	case name != "" && !slices.Contains(there, name):
+		return fmt.Errorf("there is no HSM group %q: there are %s", name, orNone(strings.Join(there, ", ")))
+	case name != "":
+		return s.use(name)
+	case len(there) == 1:
+		return s.use(there[0])
+	case len(there) == 0:
+		return errNoGroup
+	}
+	return usagef("there are several HSM groups: say which with --group: %s", strings.Join(there, ", "))
+}
+
+// groupNames completes the names of groups.
+func (a *app) groupNames(c *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	s, err := a.openSite()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	defer s.close()
+	there, _, err := s.groups(c.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	return there, cobra.ShellCompDirectiveNoFileComp
 }
 
 // stateTimeout is how long a command waits for the group's log before it says that the database does not answer. A database
@@ -96,7 +175,7 @@ func (s *groupSite) state(ctx context.Context) (*hsmsync.State, error) {
 	defer cancel()
 	st, err := s.coordinator.State(bounded)
 	if err != nil && bounded.Err() != nil && ctx.Err() == nil {
-		return nil, fmt.Errorf("the log of group %s could not be read within %s: `pkictl health` says how the database is", s.cfg.HSM.Group, stateTimeout)
+		return nil, fmt.Errorf("the log of group %s could not be read within %s: `pkictl health` says how the database is", s.group, stateTimeout)
 	}
 	return st, err
 }
@@ -109,7 +188,7 @@ func (s *groupSite) member(st *hsmsync.State, name string) (hsmsync.GroupMember,
 		for _, m := range st.Members() {
 			names = append(names, m.Name)
 		}
-		return m, fmt.Errorf("group %s has no member %q: there are %s", s.cfg.HSM.Group, name, strings.Join(names, ", "))
+		return m, fmt.Errorf("group %s has no member %q: there are %s", s.group, name, strings.Join(names, ", "))
 	}
 	return m, nil
 }
@@ -140,8 +219,14 @@ type change struct {
 
 // changing makes the command's own code from prepare.
 func (a *app) changing(verb string, f *grantFlags, dryRun *bool, prepare func(ctx context.Context, s *groupSite, args []string) (change, error)) func(*cobra.Command, []string) error {
+	return a.changingOf(func(ctx context.Context, _ []string) (*groupSite, error) { return a.openGroup(ctx) }, verb, f, dryRun, prepare)
+}
+
+// changingOf is changing of a group that is found in another way.
+func (a *app) changingOf(open func(ctx context.Context, args []string) (*groupSite, error), verb string, f *grantFlags, dryRun *bool,
+	prepare func(ctx context.Context, s *groupSite, args []string) (change, error)) func(*cobra.Command, []string) error {
 	return do(a, func(ctx context.Context, args []string) (changed, error) {
-		s, err := a.openGroup()
+		s, err := open(ctx, args)
 		if err != nil {
 			return changed{}, err
 		}
@@ -153,13 +238,27 @@ func (a *app) changing(verb string, f *grantFlags, dryRun *bool, prepare func(ct
 		if err != nil {
 			return changed{}, err
 		}
-		r := changed{Verb: verb, Group: s.cfg.HSM.Group, Object: c.object, Steps: c.steps, DryRun: *dryRun}
+		r := changed{Verb: verb, Group: s.group, Object: c.object, Steps: c.steps, DryRun: *dryRun}
+		// What would be refused is refused here, whether or not it is a dry run, and before people are asked.
+		rehearse := func(grant []byte) (hsmsync.Plan, error) {
+			return s.coordinator.DryRun(ctx, func(dry *hsmsync.Coordinator) error { return c.act(ctx, dry, grant) })
+		}
 		var grant []byte
-		if c.approval != nil {
-			if r.DryRun && (f.none() || f.requestOut != "") {
-				a.sayf("two people must approve it; with --grant or --approve-as a dry run shows each step, and is refused where the act would be")
+		if f != nil {
+			plan, err := rehearse(nil)
+			if err != nil {
+				return changed{}, err
+			}
+			if c.approval == nil && len(plan.Wants) > 0 {
+				c.approval = &plan.Wants[0]
+			}
+			if c.approval != nil && r.DryRun && (f.none() || f.requestOut != "") {
+				a.sayf("two people must approve it")
+				r.Plan = plan.Steps
 				return r, nil
 			}
+		}
+		if c.approval != nil {
 			g, err := s.grant(f, *c.approval)
 			if errors.Is(err, errRequested) {
 				r.Request = f.requestOut
@@ -174,7 +273,7 @@ func (a *app) changing(verb string, f *grantFlags, dryRun *bool, prepare func(ct
 			}
 		}
 		if r.DryRun {
-			plan, err := s.coordinator.DryRun(ctx, func(dry *hsmsync.Coordinator) error { return c.act(ctx, dry, grant) })
+			plan, err := rehearse(grant)
 			r.Plan = plan.Steps
 			return r, err
 		}

@@ -32,15 +32,29 @@ type processHealth struct {
 	OK      bool           `json:"ok"`
 	Cause   string         `json:"cause,omitempty"`  // why not
 	Report  *health.Report `json:"report,omitempty"` // what the process says; databases have none
+	Stages  []stageTime    `json:"stages,omitempty"` // with --verbose, of a CA node since it started
+}
+
+// stageTime is how long requests (or batches) took in one stage of issuing.
+type stageTime struct {
+	Name   string  `json:"name"`
+	Count  uint64  `json:"count"`
+	MeanMS float64 `json:"mean_ms"`
+	P50MS  float64 `json:"p50_ms"`
+	P99MS  float64 `json:"p99_ms"`
 }
 
 func (a *app) healthCommand() *cobra.Command {
+	var verbose bool
 	c := &cobra.Command{
 		Use:   "health",
 		Short: "Ask every process how it is",
 		Long: `Ask every process how it is, directly and not through the balancer. Each says what it can do now (its capabilities) and why not what it
 cannot. In a demo every process is asked; with --config the CA nodes under admin are, and what is listed under processes. The exit code is 1
-unless all is well.`,
+unless all is well.
+
+With --verbose each CA node also says how long requests took in each stage of issuing since it started: wait (for their turn), check, build (and
+lint) and queue of a request; intent, sign, outcome and release of a batch of them.`,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (healthReport, error) {
 			cl, err := a.newClient("sre")
@@ -53,7 +67,7 @@ unless all is well.`,
 			}
 			var asking sync.WaitGroup
 			for i := range r.Processes {
-				asking.Go(func() { cl.ask(ctx, &r.Processes[i]) })
+				asking.Go(func() { cl.ask(ctx, &r.Processes[i], verbose) })
 			}
 			asking.Wait()
 			for _, p := range r.Processes {
@@ -86,9 +100,22 @@ unless all is well.`,
 				sort.Strings(cannot)
 				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Name, p.Role, p.Address, state, strings.Join(can, " "), strings.Join(cannot, "; "))
 			}
+			writeStages(w, r.Processes)
 		}),
 	}
+	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also show how long each stage of issuing takes")
 	return a.clientFlags(c)
+}
+
+func writeStages(w io.Writer, processes []processHealth) {
+	for _, p := range processes {
+		if len(p.Stages) > 0 {
+			fmt.Fprintf(w, "\n%s\tSTAGE\tCOUNT\tMEAN\tP50\tP99\n", p.Name)
+		}
+		for _, s := range p.Stages {
+			fmt.Fprintf(w, "\t%s\t%d\t%.1f ms\t%.1f ms\t%.1f ms\n", s.Name, s.Count, s.MeanMS, s.P50MS, s.P99MS)
+		}
+	}
 }
 
 // processes lists whom to ask.
@@ -114,7 +141,7 @@ func (c *client) processes() []processHealth {
 }
 
 // ask fills in how one process is.
-func (c *client) ask(ctx context.Context, p *processHealth) {
+func (c *client) ask(ctx context.Context, p *processHealth, verbose bool) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	if p.Role == cluster.RoleDB {
@@ -124,38 +151,53 @@ func (c *client) ask(ctx context.Context, p *processHealth) {
 		}
 		return
 	}
-	report, err := c.healthz(ctx, p.Role, p.Address)
-	if err != nil {
+	var report health.Report
+	if err := c.fetch(ctx, p, "/healthz", func(body io.Reader) error { return json.NewDecoder(body).Decode(&report) }); err != nil {
 		p.Cause = err.Error()
 		return
 	}
 	p.Report = &report
-	p.OK = report.State == health.OK
-	if !p.OK {
+	if p.OK = report.State == health.OK; !p.OK {
 		p.Cause = "the process says " + report.State
+	}
+	if !verbose || p.Role != cluster.RoleCA {
+		return
+	}
+	err := c.fetch(ctx, p, "/metrics", func(body io.Reader) error {
+		stages, err := health.ReadStages(body, health.CAStages)
+		for _, name := range health.CAStageOrder {
+			if s, known := stages[name]; known {
+				ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+				p.Stages = append(p.Stages, stageTime{name, s.Count, ms(s.Mean()), ms(s.Quantile(.5)), ms(s.Quantile(.99))})
+			}
+		}
+		return err
+	})
+	if err != nil {
+		p.OK, p.Cause = false, err.Error()
 	}
 }
 
-func (c *client) healthz(ctx context.Context, role, address string) (health.Report, error) {
-	transport := &http.Transport{TLSClientConfig: c.id.ClientTLS(identity.Role(role)), DisableKeepAlives: true}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+address+"/healthz", http.NoBody)
+// fetch gets a page of a process itself.
+func (c *client) fetch(ctx context.Context, p *processHealth, path string, read func(io.Reader) error) error {
+	transport := &http.Transport{TLSClientConfig: c.id.ClientTLS(identity.Role(p.Role)), DisableKeepAlives: true}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+p.Address+path, http.NoBody)
 	if err != nil {
-		return health.Report{}, err
+		return err
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
-			return health.Report{}, errors.New("no answer in time")
+			return errors.New("no answer in time")
 		}
-		return health.Report{}, err
+		return err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return health.Report{}, fmt.Errorf("answered %s", resp.Status)
+		return fmt.Errorf("%s answered %s", path, resp.Status)
 	}
-	var r health.Report
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&r); err != nil {
-		return health.Report{}, fmt.Errorf("reading its report: %w", err)
+	if err := read(io.LimitReader(resp.Body, 4<<20)); err != nil {
+		return fmt.Errorf("reading %s: %w", path, err)
 	}
-	return r, nil
+	return nil
 }

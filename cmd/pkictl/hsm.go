@@ -24,8 +24,9 @@ import (
 func (a *app) hsmCommand() *cobra.Command {
 	c := group("hsm", "HSM groups: members, their state, enrolment, backup",
 		`HSM groups: several HSMs with the same keys, used as one. Members come and go while signing goes on; every copy of every key has to be proved by
-a signature before it is used; what the group has is decided by its log in the database.`,
-		a.hsmStatus(), a.hsmVerify(), a.hsmEnroll(), a.hsmReplace(), a.hsmBackup(), a.hsmRestore(), a.hsmRotate(), a.hsmPolicy(), a.hsmActivate())
+a signature before it is used; what the group has is decided by its log in the database. There may be several groups, one for each kind of key;
+an HSM is in one. Name the one that is meant with --group.`,
+		a.hsmGroup(), a.hsmStatus(), a.hsmVerify(), a.hsmEnroll(), a.hsmReplace(), a.hsmBackup(), a.hsmRestore(), a.hsmRotate(), a.hsmRotatePIN(), a.hsmPolicy(), a.hsmActivate())
 	c.AddCommand(a.hsmMemberVerbs()...)
 	return a.groupFlags(c)
 }
@@ -34,9 +35,9 @@ func (a *app) hsmStatus() *cobra.Command {
 	var wait time.Duration
 	c := &cobra.Command{
 		Use:   "status",
-		Short: "Show the group: members, and which keys each has just proved to hold",
-		Long: `Show the group: members, and which keys each has just proved to hold. Every member is asked to sign a fresh challenge with every live key;
-nothing else is done to it.
+		Short: "Show every group: members, and which keys each has just proved to hold",
+		Long: `Show every group, or that of --group: members, and which keys each has just proved to hold. Every member is asked to sign a fresh challenge
+with every live key; nothing else is done to it.
 
   joining       not asked yet, or its enrolment has not been finished: no work
   syncing       well, and has not proved every key: work for the keys it proved
@@ -51,12 +52,25 @@ nothing else is done to it.
 The exit code is 1 unless every member is active or standby.` + groupHelp,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (groupsView, error) {
-			s, err := a.openGroup()
+			s, err := a.openSite()
 			if err != nil {
 				return groupsView{}, err
 			}
 			defer s.close()
-			return s.status(ctx, wait)
+			var names []string
+			if a.group != "" {
+				if err = s.choose(ctx); err == nil {
+					names = []string{s.group}
+				}
+			} else {
+				if names, _, err = s.groups(ctx); err == nil && len(names) == 0 {
+					err = errNoGroup
+				}
+			}
+			if err != nil {
+				return groupsView{}, err
+			}
+			return s.status(ctx, names, wait)
 		}, printStatus),
 	}
 	c.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for members that have not answered yet")
@@ -97,6 +111,7 @@ func printStatus(w io.Writer, st groupsView) {
 			for _, d := range m.Drift {
 				fmt.Fprintf(w, "\ndrift on %s: %s", m.Name, d)
 			}
+			printPIN(w, m.Name, m.PIN)
 		}
 		fmt.Fprintln(w)
 	}
@@ -150,38 +165,43 @@ type memberView struct {
 	Drift []string `json:"drift"`
 }
 
-// status follows the group until every member has either proved its keys or failed, or for as long as wait.
-func (s *groupSite) status(ctx context.Context, wait time.Duration) (groupsView, error) {
-	g, err := hsmsync.New(hsmsync.Config{
-		Group: s.cfg.HSM.Group, Members: s.cfg.HSM.Members, Identity: s.id, Manifest: hsmsync.NewManifest(s.store),
-		Log: slog.New(slog.DiscardHandler), // what is not well is in the status
+// status follows the groups until every member has either proved its keys or failed, or for as long as wait.
+func (s *groupSite) status(ctx context.Context, names []string, wait time.Duration) (groupsView, error) {
+	groups, err := hsmsync.NewGroups(hsmsync.Config{
+		Identity: s.id, Manifest: s.record, Log: slog.New(slog.DiscardHandler), // what is not well is in the status
 	})
 	if err != nil {
 		return groupsView{}, err
+	}
+	for _, name := range names {
+		if _, err := groups.Group(name); err != nil {
+			return groupsView{}, err
+		}
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	run, following := errgroup.WithContext(ctx)
 	run.Go(func() error { return s.store.Run(following) })
-	run.Go(func() error { return g.Run(following) })
-	for end := time.Now().Add(wait); !settled(g.Status()) && time.Now().Before(end) && following.Err() == nil; {
+	run.Go(func() error { return groups.Run(following) })
+	for end := time.Now().Add(wait); !settled(groups.Status()) && time.Now().Before(end) && following.Err() == nil; {
 		time.Sleep(20 * time.Millisecond)
 	}
-	st := g.Status()
-	view := s.compare(following, st)
+	view := s.compare(following, groups.Status())
 	stop()
 	if err := run.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return groupsView{}, err
 	}
+	well := true
 	for _, g := range view.Groups {
 		if g.Epoch == 0 {
 			return view, fmt.Errorf("the log of group %s could not be read within %s: `pkictl health` says how the database is", g.Name, wait)
 		}
 		for _, m := range g.Members {
-			if m.State != "active" && m.State != "standby" {
-				return view, errQuiet
-			}
+			well = well && (m.State == "active" || m.State == "standby")
 		}
+	}
+	if !well {
+		return view, errQuiet
 	}
 	return view, nil
 }
@@ -205,9 +225,9 @@ func settled(st hsmsync.Status) bool {
 func (s *groupSite) compare(ctx context.Context, st hsmsync.Status) groupsView {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	log, err := s.state(ctx)
 	view := groupsView{Groups: []groupView{}}
 	for _, g := range st.Groups {
+		log, err := s.logOf(ctx, g.Name)
 		gv := groupView{GroupStatus: g, Members: make([]memberView, len(g.Members))}
 		var asking sync.WaitGroup
 		for i, m := range g.Members {
@@ -220,6 +240,15 @@ func (s *groupSite) compare(ctx context.Context, st hsmsync.Status) groupsView {
 		view.Groups = append(view.Groups, gv)
 	}
 	return view
+}
+
+// logOf is what the log of some group amounts to.
+func (s *groupSite) logOf(ctx context.Context, group string) (*hsmsync.State, error) {
+	entries, err := s.record.Log(ctx, group, 1)
+	if err != nil {
+		return nil, err
+	}
+	return hsmsync.Fold(entries)
 }
 
 // drift compares one member with the log: by the digest over its keys, and only where that differs key by key.

@@ -200,6 +200,28 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 		}
 	})
 
+	t.Run("a dry run is refused where the act would be, in the same words", func(t *testing.T) {
+		for _, args := range [][]string{
+			{"key", "destroy", "ca:demo-g1"}, {"hsm", "enroll", "hsmd-a", "--address", "127.0.0.1:1"}, {"hsm", "policy", "--set", "driver=external"},
+		} {
+			dry, real := l.run(exitFailed, append(args, "--dry-run")...), l.run(exitFailed, args...)
+			if dry.err != real.err || dry.err == "" {
+				t.Errorf("%v: the dry run says %q, the real one %q", args, dry.err, real.err)
+			}
+		}
+	})
+
+	t.Run("what protects keys less needs two people", func(t *testing.T) {
+		for _, args := range [][]string{{"key", "retire", "ca:demo-g1", "--why", "x"}, {"hsm", "policy", "--set", "destroy_after=1h"}, {"hsm", "remove", "hsmd-b", "--force"}} {
+			if r := l.run(exitUsage, args...); !strings.Contains(r.err, "two people must approve this") {
+				t.Errorf("%v: %s", args, r.err)
+			}
+		}
+		if r := l.run(exitUsage, "hsm", "policy", "--set", "destroy_after=1h", "--request-out", dir+"/policy.json"); !strings.Contains(r.err, "say who you are") {
+			t.Errorf("a request by nobody: %s", r.err)
+		}
+	})
+
 	t.Run("a dry run says what would be done and changes nothing", func(t *testing.T) {
 		before := l.position()
 		for _, args := range [][]string{
@@ -231,11 +253,11 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 		}
 		l.run(exitUsage, append(enroll, "--approve-as", "admin1,operator1")...) // in a demo only
 		request := filepath.Join(dir, "enroll.json")
-		asked := l.object(exitOK, append(enroll, "--request-out", request)...)
+		asked := l.object(exitOK, append(enroll, l.proposing("--request-out", request)...)...)
 		if asked["done"] != false || asked["request"] != request {
 			t.Errorf("%v", asked)
 		}
-		l.run(exitFailed, append(enroll, "--request-out", request)...) // it may hold approvals
+		l.run(exitFailed, append(enroll, l.proposing("--request-out", request)...)...) // it may hold approvals
 		if r := l.run(exitFailed, append(enroll, "--grant", request)...); !strings.Contains(r.err, "2 people") {
 			t.Errorf("with no approval in it: %s", r.err)
 		}
@@ -263,7 +285,7 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 		file, request := filepath.Join(dir, "old.key"), filepath.Join(dir, "import.json")
 		hsmtest.Write(t, file, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
 		args := []string{"key", "import", "old-ca", "--purpose", "ca", "--key", file}
-		l.object(exitOK, append(args, "--request-out", request)...)
+		l.object(exitOK, append(args, l.proposing("--request-out", request)...)...)
 		l.approve(request)
 		got := l.object(exitOK, append(args, "--grant", request)...)["result"].(map[string]any)
 		if got["algorithm"] != "P-384" || got["state"] != "live" {
@@ -286,7 +308,7 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 
 	t.Run("a backup is opened by its custodians and by nobody else", func(t *testing.T) {
 		bundle, shares, request := filepath.Join(dir, "b"), filepath.Join(dir, "shares"), filepath.Join(dir, "backup.json")
-		l.object(exitOK, "hsm", "backup", "--custodians", "3", "--threshold", "2", "--shares", shares, "--out", bundle, "--request-out", request)
+		l.object(exitOK, l.proposing("hsm", "backup", "--custodians", "3", "--threshold", "2", "--shares", shares, "--out", bundle, "--request-out", request)...)
 		l.approve(request)
 		l.run(exitUsage, "hsm", "backup", "--custodians", "3", "--threshold", "2", "--shares", shares, "--out", bundle, "--grant", request)
 		made := l.object(exitOK, "hsm", "backup", "--recipient", bundle+".recipient", "--out", bundle, "--grant", request)["result"].(map[string]any)
@@ -302,7 +324,7 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 			l.run(exitUsage, append([]string{"hsm", "backup", "--dry-run"}, bad...)...)
 		}
 		orphans := filepath.Join(dir, "orphans")
-		l.run(exitFailed, "hsm", "backup", "--custodians", "3", "--threshold", "2", "--shares", orphans, "--out", dir+"/no/b", "--request-out", dir+"/no.json")
+		l.run(exitFailed, l.proposing("hsm", "backup", "--custodians", "3", "--threshold", "2", "--shares", orphans, "--out", dir+"/no/b", "--request-out", dir+"/no.json")...)
 		if left, err := filepath.Glob(orphans + "/*"); err != nil || len(left) > 0 {
 			t.Errorf("shares of a recipient that could not be written: %v, %v", left, err)
 		}
@@ -360,4 +382,10 @@ func TestOperatorsWorkOnAGroup(t *testing.T) {
 		l.run(exitOK, "hsm", "recover", "hsmd-b")
 		l.run(exitOK, "hsm", "status")
 	})
+}
+
+// proposing adds who proposes: somebody who approves nothing.
+func (l *groupLab) proposing(args ...string) []string {
+	f := l.Files(identity.RoleSRE, "sam")
+	return append(slices.Clone(args), "--cert", f.Cert, "--key-file", f.Key, "--trust", f.Trust)
 }

@@ -22,15 +22,36 @@ type backedUp struct {
 	Bundle    string    `json:"bundle"` // file
 	Digest    string    `json:"digest"`
 	Created   time.Time `json:"created"`
-	Keys      int       `json:"keys"`
-	Recipient string    `json:"recipient"` // file
+	Keys      int       `json:"keys"`              // that are in it, the retired ones included
+	Retired   int       `json:"retired"`           // how many of those are retired
+	Missing   []missing `json:"missing,omitempty"` // keys of the group that are not in it
+	Recipient string    `json:"recipient"`         // file
 	Set       string    `json:"share_set"`
 	Threshold int       `json:"threshold"`
 	Shares    []string  `json:"shares,omitempty"` // files made now
 }
 
+// missing is a key of the group that a backup does not hold.
+type missing struct {
+	ID    hsm.KeyID `json:"id"`
+	Label string    `json:"label"`
+	Why   string    `json:"why"`
+}
+
+func missingOf(b custody.Bundle) (out []missing) {
+	for _, k := range b.Keys {
+		if held, why := b.Holds(k.ID); !held {
+			out = append(out, missing{k.ID, k.Label, why})
+		}
+	}
+	return out
+}
+
 func (b backedUp) text(w io.Writer) {
-	fmt.Fprintf(w, "bundle\t%s, %s\nSHA-256\t%s\nopened by\tany %d shares of set %s\nrecipient\t%s\n", b.Bundle, plural(b.Keys, "key"), b.Digest, b.Threshold, b.Set, b.Recipient)
+	fmt.Fprintf(w, "bundle\t%s, %s, %d of them retired\nSHA-256\t%s\nopened by\tany %d shares of set %s\nrecipient\t%s\n", b.Bundle, plural(b.Keys, "key"), b.Retired, b.Digest, b.Threshold, b.Set, b.Recipient)
+	for _, k := range b.Missing {
+		fmt.Fprintf(w, "NOT IN IT\t%s (%s): %s\n", k.ID, k.Label, k.Why)
+	}
 	for _, s := range b.Shares {
 		fmt.Fprintf(w, "share\t%s\n", s)
 	}
@@ -48,7 +69,7 @@ func (a *app) hsmBackup() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "backup --out BUNDLE (--custodians N --threshold M --shares DIR | --recipient FILE)",
 		Short: "Write every key of the group into a file that only custodians together can open",
-		Long: `Write every key of the group into a file that only custodians together can open. The keys are wrapped by the group's domain key, inside of an
+		Long: `Write every key of the group, live and retired, into a file that only custodians together can open. What it lacks it names, with the reason. The keys are wrapped by the group's domain key, inside of an
 HSM; the domain key is wrapped for a recipient's key; and that key's private half can be put together only from --threshold of the --custodians
 shares. Nothing in the file is secret by itself, but keep it as what it is. Signing goes on.
 
@@ -127,10 +148,10 @@ A backup that nobody has opened is no backup: "pkictl hsm restore --check" does 
 		approval := s.coordinator.BackupAct(to.SPKI)
 		var bundle custody.Bundle
 		return change{
-			object: s.cfg.HSM.Group,
+			object: s.group,
 			steps: append(steps,
 				fmt.Sprintf("have a member wrap domain key %s for the recipient", st.Domain.Name),
-				fmt.Sprintf("have %s wrapped with the domain key", plural(len(st.In(hsmsync.StateLive)), "live key")),
+				fmt.Sprintf("have %s and %s wrapped with the domain key", plural(len(st.In(hsmsync.StateLive)), "live key"), plural(len(st.In(hsmsync.StateRetired)), "retired key")),
 				"write it all to "+b.out),
 			approval: &approval,
 			act: func(ctx context.Context, c *hsmsync.Coordinator, grant []byte) (err error) {
@@ -142,7 +163,12 @@ A backup that nobody has opened is no backup: "pkictl hsm restore --check" does 
 				if err != nil {
 					return nil, err
 				}
-				made.Digest, made.Created, made.Keys = bundle.Digest, bundle.Created, len(bundle.Blobs)
+				made.Digest, made.Created, made.Keys, made.Missing = bundle.Digest, bundle.Created, len(bundle.Blobs), missingOf(bundle)
+				for _, k := range bundle.Blobs {
+					if bundle.IsRetired(k.ID) {
+						made.Retired++
+					}
+				}
 				return made, writeNew(b.out, text)
 			},
 		}, nil
@@ -273,7 +299,14 @@ database: do that after each backup, and yearly.` + groupHelp,
 		open.Close()
 		r := restored{Group: bundle.Group, Digest: bundle.Digest, Created: bundle.Created, Keys: []keyInfo{}}
 		for _, k := range bundle.Keys {
-			r.Keys = append(r.Keys, keyInfo{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, State: "in the backup", SPKI: hsm.Fingerprint(k.SPKI)})
+			state := "in the backup"
+			if bundle.IsRetired(k.ID) {
+				state += ", retired"
+			}
+			if held, why := bundle.Holds(k.ID); !held {
+				state = "NOT in the backup: " + why
+			}
+			r.Keys = append(r.Keys, keyInfo{ID: k.ID, Label: k.Label, Purpose: k.Purpose, Algorithm: k.Algorithm, State: state, SPKI: hsm.Fingerprint(k.SPKI)})
 		}
 		return r, nil
 	}, func(w io.Writer, r restored) { r.text(w) })
@@ -284,14 +317,20 @@ database: do that after each backup, and yearly.` + groupHelp,
 		}
 		steps := []string{fmt.Sprintf("open the backup of group %s of %s (SHA-256 %s)", bundle.Group, bundle.Created.Format(time.RFC3339), bundle.Digest)}
 		for _, k := range bundle.Keys {
-			steps = append(steps, fmt.Sprintf("restore key %s (%s:%s, %s)", k.ID, k.Purpose, k.Label, k.Algorithm))
+			step := fmt.Sprintf("restore key %s (%s:%s, %s)", k.ID, k.Purpose, k.Label, k.Algorithm)
+			if held, why := bundle.Holds(k.ID); !held {
+				step = fmt.Sprintf("leave out key %s (%s:%s), which the backup does not hold: %s", k.ID, k.Purpose, k.Label, why)
+			} else if bundle.IsRetired(k.ID) {
+				step += " as retired"
+			}
+			steps = append(steps, step)
 		}
-		return change{object: s.cfg.HSM.Group, steps: steps, act: func(ctx context.Context, c *hsmsync.Coordinator, _ []byte) error {
+		return change{object: s.group, steps: steps, act: func(ctx context.Context, c *hsmsync.Coordinator, _ []byte) error {
 			defer open.Close()
 			return c.Restore(ctx, bundle, open.WrapFor)
 		}, result: func(ctx context.Context) (any, error) {
 			r := restored{Group: bundle.Group, Digest: bundle.Digest, Created: bundle.Created, Keys: []keyInfo{}}
-			for _, k := range bundle.Keys {
+			for _, k := range bundle.Blobs {
 				info, err := s.known(ctx, k.ID)
 				if err != nil {
 					return nil, err

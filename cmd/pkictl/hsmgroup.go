@@ -30,7 +30,7 @@ challenge with each live key. Nothing is repaired by this; that is done all the 
 is 1 if anything was found.` + groupHelp,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (hsmsync.Report, error) {
-			s, err := a.openGroup()
+			s, err := a.openGroup(ctx)
 			if err != nil {
 				return hsmsync.Report{}, err
 			}
@@ -63,7 +63,7 @@ a share of a backup leaves, and then make a new backup: what the old one holds c
 			return change{}, err
 		}
 		return change{
-			object: s.cfg.HSM.Group,
+			object: s.group,
 			steps: []string{
 				"make a new domain key on one member and enter it into the log as the next one",
 				fmt.Sprintf("bring it to the others of %s", plural(len(st.Members()), "member")),
@@ -104,7 +104,10 @@ func (a *app) hsmPolicy() *cobra.Command {
   min_copies       how many copies of a key must exist before it is used, 2 or more
   prefer           random; local: members of the asking node's site first; priority: in the order of sites
   sites            names, separated by commas
-  destroy_after    how long a retired key waits before it may be destroyed, such as 24h` + groupHelp,
+  destroy_after    how long a retired key waits before it may be destroyed, such as 24h
+
+One person may change it, unless keys are protected less by it afterwards: min_copies or destroy_after lower, keys no longer
+non_extractable, creation by any instead of the master.` + grantHelp + groupHelp,
 		Example: `  pkictl hsm policy
   pkictl hsm policy --set prefer=priority --set sites=primary,dr --dry-run`,
 		Args: cobra.NoArgs,
@@ -112,7 +115,7 @@ func (a *app) hsmPolicy() *cobra.Command {
 	c.Flags().StringArrayVar(&set, "set", nil, "NAME=VALUE; may be given several times")
 	dryRun := dryRunFlag(c)
 	showing := do(a, func(ctx context.Context, _ []string) (policyView, error) {
-		s, err := a.openGroup()
+		s, err := a.openGroup(ctx)
 		if err != nil {
 			return policyView{}, err
 		}
@@ -123,7 +126,9 @@ func (a *app) hsmPolicy() *cobra.Command {
 		}
 		return viewOf(st.Policy), nil
 	}, func(w io.Writer, p policyView) { p.text(w) })
-	changing := a.changing("policy", nil, dryRun, func(ctx context.Context, s *groupSite, _ []string) (change, error) {
+	var f grantFlags
+	f.add(c)
+	changing := a.changing("policy", &f, dryRun, func(ctx context.Context, s *groupSite, _ []string) (change, error) {
 		st, err := s.state(ctx)
 		if err != nil {
 			return change{}, err
@@ -142,8 +147,8 @@ func (a *app) hsmPolicy() *cobra.Command {
 		if steps == nil {
 			steps = []string{"nothing: it is so already"}
 		}
-		return change{object: s.cfg.HSM.Group, steps: steps, act: func(ctx context.Context, c *hsmsync.Coordinator, _ []byte) error {
-			return c.SetPolicy(ctx, next)
+		return change{object: s.group, steps: steps, act: func(ctx context.Context, c *hsmsync.Coordinator, grant []byte) error {
+			return c.SetPolicy(ctx, next, grant)
 		}, result: func(ctx context.Context) (any, error) {
 			st, err := s.state(ctx)
 			if err != nil {
@@ -263,7 +268,7 @@ You act as yourself, admin or CA operator: --cert, --key and --trust, or --as in
   pkictl hsm activate hsmd-a --config /etc/trivet/sync.yaml --cert me.pem --key me.key --trust trust.pem`,
 		Args: cobra.ExactArgs(1), ValidArgsFunction: a.memberNames,
 		RunE: do(a, func(ctx context.Context, args []string) (changed, error) {
-			s, err := a.openGroup()
+			s, err := a.openSite()
 			if err != nil {
 				return changed{}, err
 			}
@@ -278,8 +283,12 @@ You act as yourself, admin or CA operator: --cert, --key and --trust, or --as in
 			if err != nil {
 				return changed{}, fmt.Errorf("loading your identity: %w", err)
 			}
+			s.group = a.group
 			if address == "" {
-				st, err := s.state(ctx)
+				var st *hsmsync.State
+				if err = s.choose(ctx); err == nil {
+					st, err = s.state(ctx)
+				}
 				if err != nil {
 					return changed{}, fmt.Errorf("%w; with --address the log is not needed", err)
 				}
@@ -296,7 +305,7 @@ You act as yourself, admin or CA operator: --cert, --key and --trust, or --as in
 			cancel()
 			if err == nil && info.Locked == "" {
 				a.sayf("%s waits for no PIN, its token is open already: nothing was tried", args[0])
-				return changed{Verb: "activate", Group: s.cfg.HSM.Group, Object: args[0], Steps: []string{}, Done: true}, nil
+				return changed{Verb: "activate", Group: s.group, Object: args[0], Steps: []string{}, Done: true}, nil
 			}
 			pin, err := a.readPIN(args[0], pinFile)
 			if err != nil {
@@ -307,7 +316,7 @@ You act as yourself, admin or CA operator: --cert, --key and --trust, or --as in
 			if err := client.Activate(ctx, pin); err != nil {
 				return changed{}, err
 			}
-			return changed{Verb: "activate", Group: s.cfg.HSM.Group, Object: args[0], Steps: []string{"give " + args[0] + " its PIN"}, Done: true}, nil
+			return changed{Verb: "activate", Group: s.group, Object: args[0], Steps: []string{"give " + args[0] + " its PIN"}, Done: true}, nil
 		}, printChanged),
 	}
 	c.Flags().StringVar(&address, "address", "", "host:port of its agent (default: as in the group's log)")

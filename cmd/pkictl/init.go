@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 
+	"trivet/hsmsync"
 	"trivet/identity"
 )
 
@@ -21,13 +22,32 @@ type initConfig struct {
 	StateDir string `yaml:"state_dir"`
 	// Publish is the directory where the CAs' certificates go as {issuer}.pem and {issuer}-chain.pem; empty: nowhere.
 	Publish string `yaml:"publish"`
+	// MACKeyFile holds the keys by which CA nodes recognise each other's rows in the database; made, with mode 0600, if it is not there. Every
+	// CA node needs a copy of it.
+	MACKeyFile string `yaml:"mac_key_file"`
 	// Accounts are the database accounts to make, each with the rights of a role: ca, ocsp, sync, ceremony, fsck, auditor.
 	Accounts []account `yaml:"accounts"`
 	// Sync names the PEM files of the identity of role sync, which makes keys and has them proved, and can sign with none.
 	Sync identity.Files `yaml:"sync"`
+	// Groups are HSM groups beside that of Base, for keys that are to be in other HSMs: a root key, say, in some that are locked away most
+	// of the time.
+	Groups []keyGroup `yaml:"groups"`
 	// Root is the self-signed CA, Issuing those below it.
 	Root    authority   `yaml:"root"`
 	Issuing []authority `yaml:"issuing"`
+	// OCSPGroup is the group of all OCSP responders' keys; default: that of Base.
+	OCSPGroup string `yaml:"ocsp_group"`
+}
+
+// keyGroup is an HSM group and the members with which it begins.
+type keyGroup struct {
+	Name    string           `yaml:"name"`
+	Members []hsmsync.Member `yaml:"members"`
+}
+
+// groups lists all HSM groups, that of Base first.
+func (c *initConfig) groups() []keyGroup {
+	return append([]keyGroup{{c.Base.HSM.Group, c.Base.HSM.Members}}, c.Groups...)
 }
 
 type account struct {
@@ -45,6 +65,8 @@ type authority struct {
 	CA string `yaml:"ca"`
 	// Subject is the common name of its certificate.
 	Subject string `yaml:"subject"`
+	// Group is the HSM group of its key; default: that of Base.
+	Group string `yaml:"group"`
 }
 
 func (c *initConfig) check() error {
@@ -58,10 +80,33 @@ func (c *initConfig) check() error {
 	base, err := url.Parse(c.BaseURL)
 	need(err == nil && base.Scheme == "http" && base.Host != "" && base.Path == "", "base_url %q: want http://host[:port] without a path", c.BaseURL)
 	need(c.StateDir != "", "state_dir is missing")
+	need(c.MACKeyFile != "", "mac_key_file is missing")
 	need(c.Sync.Cert != "" && c.Sync.Key != "" && c.Sync.Trust != "", "sync: cert, key and trust are all needed")
 	for i, a := range c.Accounts {
 		need(a.Name != "" && a.Role != "" && a.PasswordFile != "", "accounts[%d]: name, role and password_file are all needed", i)
 	}
+	need(c.Base.HSM.Group != "", "hsm.group is missing")
+	need(len(c.Base.HSM.Members) > 0, "hsm.members is missing")
+	known, used := map[string]bool{}, map[string]string{}
+	for i, g := range c.groups() {
+		if i > 0 {
+			need(len(g.Members) > 0, "groups[%d].members is missing", i-1)
+			bad = append(bad, checkMembers(fmt.Sprintf("groups[%d]", i-1), g.Members))
+		}
+		if g.Name != "" || i > 0 {
+			bad = append(bad, hsmsync.CheckGroupName(g.Name))
+		}
+		need(!known[g.Name], "group %q is listed twice", g.Name)
+		known[g.Name] = true
+		for _, m := range g.Members {
+			need(used[m.Name] == "", "member %q is in groups %q and %q: an HSM is in one group", m.Name, used[m.Name], g.Name)
+			used[m.Name] = g.Name
+		}
+	}
+	for i, a := range append([]authority{c.Root}, c.Issuing...) {
+		need(a.Group == "" || known[a.Group], "group %q of CA %q (%d) is not listed", a.Group, a.CA, i)
+	}
+	need(c.OCSPGroup == "" || known[c.OCSPGroup], "ocsp_group %q is not listed", c.OCSPGroup)
 	need(c.Root.CA != "" && c.Root.Subject != "", "root: ca and subject are both needed")
 	need(len(c.Issuing) > 0, "issuing is missing")
 	for i, a := range c.Issuing {

@@ -74,7 +74,7 @@ func (s *groupSite) findKey(ctx context.Context, name string) (hsmsync.ManifestK
 	}
 	switch len(found) {
 	case 0:
-		return hsmsync.ManifestKey{}, fmt.Errorf("group %s has no key %q: `pkictl key list` shows all", s.cfg.HSM.Group, name)
+		return hsmsync.ManifestKey{}, fmt.Errorf("group %s has no key %q: `pkictl key list` shows all", s.group, name)
 	case 1:
 		return found[0], nil
 	}
@@ -92,7 +92,7 @@ func (a *app) keyList() *cobra.Command {
 	c := &cobra.Command{
 		Use: "list", Short: "List the group's keys", Long: `List the group's keys: pending, live and retired ones; --all shows abandoned and destroyed ones too.` + groupHelp, Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) ([]keyInfo, error) {
-			s, err := a.openGroup()
+			s, err := a.openGroup(ctx)
 			if err != nil {
 				return nil, err
 			}
@@ -123,7 +123,7 @@ func (a *app) keyShow() *cobra.Command {
 	return &cobra.Command{
 		Use: "show KEY", Short: "Show one key, with its public half", Long: `Show one key, with its public half.` + keyArgHelp + groupHelp, Args: cobra.ExactArgs(1),
 		RunE: do(a, func(ctx context.Context, args []string) (keyInfo, error) {
-			s, err := a.openGroup()
+			s, err := a.openGroup(ctx)
 			if err != nil {
 				return keyInfo{}, err
 			}
@@ -188,7 +188,7 @@ Whatever fails, no half-made key is ever used, and repeating the command is safe
 			return change{}, err
 		}
 		steps := []string{
-			fmt.Sprintf("enter a key %s (%s, %s) as pending into the log of group %s", spec.Label, spec.Purpose, spec.Algorithm, s.cfg.HSM.Group),
+			fmt.Sprintf("enter a key %s (%s, %s) as pending into the log of group %s", spec.Label, spec.Purpose, spec.Algorithm, s.group),
 			fmt.Sprintf("make it on one of %s, clone it to the others, have each prove it", plural(len(st.Members()), "member")),
 			"enter it as live and read that back from another database node",
 		}
@@ -226,7 +226,7 @@ func (s *groupSite) known(ctx context.Context, id hsm.KeyID) (keyInfo, error) {
 	}
 	k, ok := st.Key(id)
 	if !ok {
-		return keyInfo{}, fmt.Errorf("the log of group %s does not mention key %s any more", s.cfg.HSM.Group, id)
+		return keyInfo{}, fmt.Errorf("the log of group %s does not mention key %s any more", s.group, id)
 	}
 	return keyOf(k), nil
 }
@@ -236,13 +236,15 @@ func (a *app) keyRetire() *cobra.Command {
 		Use:   "retire KEY --why TEXT",
 		Short: "Have a key sign no more; its copies stay",
 		Long: `Have a key sign no more; its copies stay until it is destroyed. It does not come back: a retired key cannot be made live again. Make sure that no
-CA and no responder uses it any more; its last CRL must have been signed.` + keyArgHelp + groupHelp,
-		Example: `  pkictl key retire ca:demo-g1 --why "replaced by demo-g2"`,
+CA and no responder uses it any more; its last CRL must have been signed. A key that is pending is given up, which needs nobody's approval.` + keyArgHelp + grantHelp + groupHelp,
+		Example: `  pkictl key retire ca:demo-g1 --why "replaced by demo-g2" --approve-as admin1,operator1`,
 		Args:    cobra.ExactArgs(1),
 	}
+	var f grantFlags
+	f.add(c)
 	why := c.Flags().String("why", "", "for the log: why it is done")
 	_ = c.MarkFlagRequired("why")
-	c.RunE = a.changing("retire", nil, dryRunFlag(c), func(ctx context.Context, s *groupSite, args []string) (change, error) {
+	c.RunE = a.changing("retire", &f, dryRunFlag(c), func(ctx context.Context, s *groupSite, args []string) (change, error) {
 		k, err := s.findKey(ctx, args[0])
 		if err != nil {
 			return change{}, err
@@ -250,7 +252,9 @@ CA and no responder uses it any more; its last CRL must have been signed.` + key
 		return change{
 			object: string(k.ID),
 			steps:  []string{fmt.Sprintf("enter key %s (%s:%s, now %s) as retired: within seconds nothing is signed with it", k.ID, k.Purpose, k.Label, k.State)},
-			act:    func(ctx context.Context, c *hsmsync.Coordinator, _ []byte) error { return c.RetireKey(ctx, k.ID, *why) },
+			act: func(ctx context.Context, c *hsmsync.Coordinator, grant []byte) error {
+				return c.RetireKey(ctx, k.ID, *why, grant)
+			},
 			result: func(ctx context.Context) (any, error) { return s.known(ctx, k.ID) },
 		}, nil
 	})
@@ -338,17 +342,19 @@ A key that was outside of an HSM may have copies elsewhere: destroy them.` + gra
 		return change{
 			object: spec.Label,
 			steps: []string{
-				fmt.Sprintf("enter a key %s (%s, %s) as pending into the log of group %s", spec.Label, spec.Purpose, spec.Algorithm, s.cfg.HSM.Group),
+				fmt.Sprintf("enter a key %s (%s, %s) as pending into the log of group %s", spec.Label, spec.Purpose, spec.Algorithm, s.group),
 				fmt.Sprintf("bring the private key with public half %s into one member, clone it to the others, have each prove it", hsm.Fingerprint(spki)),
 				"enter it as live",
 			},
 			approval: &approval,
 			act: func(ctx context.Context, c *hsmsync.Coordinator, grant []byte) (err error) {
-				defer clear(pkcs8)
 				record, err = c.ImportKey(ctx, spec.Label, spec.Purpose, spec.Algorithm, pkcs8, grant)
 				return err
 			},
-			result: func(ctx context.Context) (any, error) { return s.known(ctx, record.ID) },
+			result: func(ctx context.Context) (any, error) {
+				clear(pkcs8)
+				return s.known(ctx, record.ID)
+			},
 		}, nil
 	})
 	return c

@@ -49,7 +49,11 @@ printed.`,
 					return nil, err
 				}
 				m := demoMember{o, p.Addresses["agent"]}
-				a.sayf("to enrol it: %s hsm enroll %s --address %s --approve-as admin1,operator1%s", program(), m.Name, m.Address, dirFlag(cluster.Describe(cl.Layout())))
+				which := ""
+				if len(cl.Layout().Groups()) > 1 {
+					which = " --group " + cluster.KeyGroup
+				}
+				a.sayf("to enrol it: %s hsm enroll %s --address %s%s --approve-as admin1,operator1%s", program(), m.Name, m.Address, which, dirFlag(cluster.Describe(cl.Layout())))
 				added = append(added, m)
 			}
 			return added, nil

@@ -37,6 +37,7 @@ func TestWrongCommandLinesExitWithTwo(t *testing.T) {
 		{"cert", "show"}, {"cert", "show", "a", "b"}, {"demo", "status", "--output", "yaml"}, {"cert", "issue"},
 		{"cert", "issue", "--dns", "a.example.org"}, {"cert", "issue", "--csr", "f", "--dns", "a.example.org"},
 		{"cert", "revoke", "x", "--invalidity-date", "yesterday"}, {"ca", "list", "--config", "f", "--as", "ra"}, {"ca", "list", "--as", "mallory"}, {"init"},
+		{"demo", "up", "--groups", "root,va"}, {"demo", "up", "--groups", "ca,other"}, {"hsm", "group", "nonsense"}, {"hsm", "group", "delete", "x"},
 	} {
 		if r := pkictl(t, args...); r.code != exitUsage || r.err == "" || r.out != "" {
 			t.Errorf("pkictl %s: exit %d, want %d and a word on standard error alone; got %q and %q", strings.Join(args, " "), r.code, exitUsage, r.out, r.err)
@@ -50,6 +51,16 @@ func TestClientCommandWithoutAnInstallationSaysHowToGetOne(t *testing.T) {
 		if r.code != exitFailed || !strings.Contains(r.err, "pkictl demo up") {
 			t.Errorf("pkictl %s: exit %d, %q", strings.Join(args, " "), r.code, r.err)
 		}
+	}
+}
+
+func TestEveryCommandIsThereOnce(t *testing.T) {
+	seen := map[string]bool{}
+	for _, c := range (&app{}).command().Commands() {
+		if seen[c.Name()] {
+			t.Errorf("pkictl %s is there twice", c.Name())
+		}
+		seen[c.Name()] = true
 	}
 }
 

@@ -37,7 +37,8 @@ type siteConfig struct {
 		// TLS is for mTLS with Identity; servers must have role db.
 		TLS bool `yaml:"tls"`
 	} `yaml:"database"`
-	// HSM is the key group and its members: name and address (host:port) of each hsmd.
+	// HSM is the key group and the members with which it begins: name and address (host:port) of each hsmd. Only init needs it; of groups
+	// that are there the record tells.
 	HSM struct {
 		Group   string           `yaml:"group"`
 		Members []hsmsync.Member `yaml:"members"`
@@ -86,11 +87,19 @@ func (c *siteConfig) check() error {
 	}
 	need(c.Database.User != "", "database.user is missing")
 	need(c.Database.PasswordFile != "", "database.password_file is missing")
-	need(c.HSM.Group != "", "hsm.group is missing")
-	need(len(c.HSM.Members) > 0, "hsm.members is missing")
-	for i, m := range c.HSM.Members {
-		need(m.Name != "", "hsm.members[%d].name is missing", i)
-		address(fmt.Sprintf("hsm.members[%d].address", i), m.Address)
+	return errors.Join(append(bad, checkMembers("hsm", c.HSM.Members))...)
+}
+
+// checkMembers looks at the members of a group as the configuration lists them under a name.
+func checkMembers(under string, members []hsmsync.Member) error {
+	var bad []error
+	for i, m := range members {
+		if m.Name == "" {
+			bad = append(bad, fmt.Errorf("%s.members[%d].name is missing", under, i))
+		}
+		if _, _, err := net.SplitHostPort(m.Address); err != nil {
+			bad = append(bad, fmt.Errorf("%s.members[%d].address %q: want host:port", under, i, m.Address))
+		}
 	}
 	return errors.Join(bad...)
 }
