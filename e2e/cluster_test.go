@@ -26,6 +26,7 @@ import (
 
 	"trivet/cluster"
 	"trivet/load"
+	"trivet/load/history"
 )
 
 // network is the loopback block of the scenarios' cluster; the demo of a developer on the same machine has another.
@@ -73,8 +74,8 @@ func pkictl() string {
 	return path
 }
 
-// up returns the shared cluster, started by whoever asks first.
-func up(t *testing.T) *site {
+// needTools skips a scenario where what it needs is not installed.
+func needTools(t *testing.T) {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("starts a whole cluster")
@@ -87,6 +88,12 @@ func up(t *testing.T) *site {
 			t.Skipf("%s is missing; run ops/install.sh test", tool)
 		}
 	}
+}
+
+// up returns the shared cluster, started by whoever asks first.
+func up(t *testing.T) *site {
+	t.Helper()
+	needTools(t)
 	shared.once.Do(func() {
 		if _, err := os.Stat(pkictl()); err != nil {
 			shared.err = fmt.Errorf("%w; run make build", err)
@@ -110,13 +117,16 @@ func up(t *testing.T) *site {
 	if shared.err != nil {
 		t.Fatal(shared.err)
 	}
-	s := &site{dir: shared.dir}
+	s := &site{dir: shared.dir, history: beginHistory(t)}
 	s.allWell(t)
 	return s
 }
 
 // site is the cluster as its users see it.
-type site struct{ dir string }
+type site struct {
+	dir     string
+	history *history.Log // of this scenario
+}
 
 // run calls pkictl against the cluster; the test ends if it fails.
 func (s *site) run(t *testing.T, args ...string) []byte {
@@ -236,18 +246,30 @@ func (s *site) issuer(t *testing.T, recorder *load.Recorder) *load.Issuer {
 	t.Helper()
 	st := s.status(t)
 	_, roots := s.authority(t)
-	i, err := load.NewIssuer(st.Endpoints.API[0], s.client(t, st.Credentials.Requester, 128), 8)
-	if err != nil {
-		t.Fatal(err)
-	}
+	i := load.NewIssuer(st.Endpoints.API[0], s.client(t, st.Credentials.Requester, 128))
 	i.Roots, i.Recorder = roots, recorder
+	i.History, i.Principal = s.history, principal(t, st.Credentials.Requester)
 	return i
 }
 
-// fsck ends a scenario: every invariant holds on the live cluster.
+// principal is whom an identity names.
+func principal(t *testing.T, pair cluster.KeyPair) string {
+	t.Helper()
+	cert, err := tls.LoadX509KeyPair(pair.Cert, pair.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(cert.Leaf.URIs) != 1 {
+		t.Fatalf("%s names %v", pair.Cert, cert.Leaf.URIs)
+	}
+	return cert.Leaf.URIs[0].String()
+}
+
+// fsck ends a scenario: what its clients saw is true, and every invariant holds on the live cluster.
 func (s *site) fsck(t *testing.T) {
 	t.Helper()
 	s.allWell(t)
+	s.check(t)
 	out, stderr, err := s.try("fsck", "--output", "json")
 	if err != nil {
 		t.Fatalf("fsck: %v\n%s%s", err, stderr, out)
@@ -268,16 +290,22 @@ func (s *site) fsck(t *testing.T) {
 // database opens the record with the account that may only read.
 func (s *site) database(t *testing.T) *sql.DB {
 	t.Helper()
+	db := s.databaseAt(t, s.status(t).Database.Nodes[0])
+	t.Cleanup(func() { _ = db.Close() })
+	return db
+}
+
+func (s *site) databaseAt(t *testing.T, node string) *sql.DB {
+	t.Helper()
 	d := s.status(t).Database
 	password, err := os.ReadFile(d.PasswordFile)
 	if err != nil {
 		t.Fatal(err)
 	}
-	db, err := sql.Open("mysql", fmt.Sprintf("%s:%s@tcp(%s)/%s?parseTime=true", d.User, strings.TrimSpace(string(password)), d.Nodes[0], d.Name))
+	db, err := sql.Open("mysql", fmt.Sprintf("%s:%s@tcp(%s)/%s?parseTime=true", d.User, strings.TrimSpace(string(password)), node, d.Name))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = db.Close() })
 	return db
 }
 

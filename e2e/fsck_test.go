@@ -55,7 +55,7 @@ func TestFsckFindsPlantedDamage(t *testing.T) {
 		{"the feed is rewritten", "I4", "UPDATE %s.feed SET payload = '{}' WHERE serial = x'" + serial + "'"},
 		{"a CRL number falls", "I5", "UPDATE %s.crl SET number = 1 WHERE n = (SELECT n FROM (SELECT MAX(n) n FROM %s.crl WHERE issuer = 'demo-g1') x) AND issuer = 'demo-g1'"},
 		{"a responder says good about a revoked certificate", "I4", "INSERT INTO %s.revocation (issuer, serial, n, event, reason, date, actor, site_epoch, lane, seq, created) SELECT issuer, serial, 1, 'revoke', 1, NOW(), '', 1, lane, seq, NOW() FROM %s.outcome WHERE serial = x'" + serial + "'"},
-		{"an intent stays open", "I1", "INSERT INTO %s.intent SELECT issuer, x'0102030405', x'" + strings.Repeat("ab", 32) + "', ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, '2020-01-01' FROM %s.intent WHERE serial = x'" + serial + "'"},
+		{"an intent stays open", "I1", "INSERT INTO %s.intent (issuer, serial, req, ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, created) SELECT issuer, x'0102030405', x'" + strings.Repeat("ab", 32) + "', ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, '2020-01-01' FROM %s.intent WHERE serial = x'" + serial + "'"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			name, db := s.copyOfRecord(t)

@@ -39,7 +39,7 @@ func TestWithoutAnyHSMStatusGoesOnAndIssuingResumesWithTheFirst(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	status := &load.Responder{URL: st.CAs[0].OCSP, Client: load.NewClient(nil, 8), Issuer: ca, Pick: func(int) *x509.Certificate { return cert }, Want: isGood}
+	status := &load.Responder{URL: st.CAs[0].OCSP, Client: load.NewClient(nil, 8), Issuer: ca, History: s.history, Generation: s.generation(t), Pick: func(int) *x509.Certificate { return cert }, Want: isGood}
 	asking := make(chan load.Result, 1)
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()

@@ -93,6 +93,7 @@ func (s *site) loading(t *testing.T, rate float64) (stop func()) {
 	recorder := &load.Recorder{}
 	issuer := s.issuer(t, recorder)
 	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel) // a scenario that ends early must not load the next one
 	result := make(chan load.Result, 1)
 	go func() {
 		result <- load.Run(ctx, load.Config{Rate: rate, Duration: 5 * time.Minute, Timeout: 15 * time.Second}, issuer.Op)

@@ -59,13 +59,13 @@ func TestKeyReachesEveryMemberOrIsNotMade(t *testing.T) {
 	second := s.key(t, "create", "scenario-2", "--purpose", "audit").Result
 
 	// The end of both.
-	s.run(t, "hsm", "policy", "--set", "destroy_after=1ms")
+	s.run(t, "hsm", "policy", "--set", "destroy_after=1ms", "--approve-as", two)
 	t.Cleanup(func() { s.run(t, "hsm", "policy", "--set", "destroy_after=24h") })
 	for _, id := range []hsm.KeyID{first.ID, second.ID} {
 		if _, stderr, err := s.try("key", "destroy", string(id), "--approve-as", two); err == nil {
 			t.Errorf("a live key was destroyed: %s", stderr)
 		}
-		s.key(t, "retire", string(id), "--why", "end of the scenario")
+		s.key(t, "retire", string(id), "--why", "end of the scenario", "--approve-as", two)
 		if got := s.key(t, "destroy", string(id), "--approve-as", two); got.Result.State != "destroyed" {
 			t.Errorf("%s is %s", id, got.Result.State)
 		}
