@@ -59,6 +59,16 @@ chaos: build ## kill each kind of process under load; table and build/chaos.json
 	@mkdir -p build
 	@$(GO) test -count=1 -v -timeout 30m -run 'TestKill' ./e2e -args -chaos-table
 
+.PHONY: soak
+soak: build ## issue SOAK (default 100000) certificates while every part dies, freezes and is cut off at random; then check (SEED=n repeats)
+	@ops/install.sh test
+	@$(GO) test -count=1 -v -timeout 12h -run 'TestEveryPartFails' ./e2e -args -soak $(or $(SOAK),100000) -soak-seed $(or $(SEED),0)
+
+.PHONY: model
+model: ## check every protocol model, and that each removed rule gives a counterexample; table (MODEL=name for one)
+	@ops/install.sh test
+	@$(GO) test -count=1 -v -timeout 3h ./docs/models -args -all -model=$(MODEL) | grep -v -e '^=== ' -e '^ *--- PASS' | sed 's/^ *models_test.go:[0-9]*: //'; exit $${PIPESTATUS[0]}
+
 .PHONY: bench
 bench: build ## measure beside references; table and build/bench.json (BENCH=name for one row)
 	@ops/install.sh test

@@ -3,34 +3,31 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"time"
 
+	"trivet/cluster"
+	"trivet/health"
 	"trivet/load"
 )
 
 // issuing measures certificates per second through the balancer, durable on three database nodes, signed in the HSM group, linted: 1, 8 and 32 clients in a closed loop.
 func issuing(ctx context.Context, s *site) ([]Row, error) {
 	var rows []Row
+	var stages stageTable
 	for _, c := range []struct {
 		clients int
 		goal    float64
 	}{{1, 0}, {8, 0}, {32, 400}} {
 		var p99 time.Duration
 		rate, err := median(runs, func() (float64, error) {
-			issuer, err := s.issuer(ctx, c.clients)
-			if err != nil {
+			var err error
+			if stages, err = s.stages(ctx); err != nil {
 				return 0, err
 			}
-			op, err := issuer.Prepare(6_000)
-			if err != nil {
-				return 0, err
-			}
-			r := load.Run(ctx, load.Config{Clients: c.clients, Duration: seconds}, op)
-			if r.Failed > 0 {
-				return 0, fmt.Errorf("%d clients: %v", c.clients, r)
-			}
+			r, err := s.issue(ctx, c.clients)
 			p99 = r.P99
-			return r.PerSecond, nil
+			return r.PerSecond, err
 		})
 		if err != nil {
 			return nil, err
@@ -43,8 +40,19 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 			row.Goal, row.Met = fmt.Sprintf(">=%.0f/s", c.goal), rate >= c.goal
 		}
 		fmt.Printf("issue_%d: p99 of the last run %v\n", c.clients, p99.Round(100*time.Microsecond))
+		after, err := s.stages(ctx)
+		if err != nil {
+			return nil, err
+		}
+		after.printSince(stages)
 		rows = append(rows, row)
 	}
+	bulk, err := s.bulk(ctx)
+	if err != nil {
+		return nil, err
+	}
+	single := rows[len(rows)-1].Value
+	rows = append(rows, Row{Name: "issue_bulk", Value: bulk, Unit: "cert/s", Reference: "one by one, 32 clients", ReferenceValue: single, Ratio: bulk / single})
 	fmt.Println("* measured earlier on such a machine, not in this run")
 	return rows, nil
 }
@@ -76,4 +84,92 @@ func caKill(ctx context.Context, s *site) ([]Row, error) {
 func demoStart(_ context.Context, s *site) ([]Row, error) {
 	took := s.started.Seconds()
 	return []Row{{Name: "demo_start", Value: took, Unit: "s", Reference: "three Galera nodes alone, one after another *", ReferenceValue: 20, Ratio: 20 / took, Goal: "<=60 s", Met: took <= 60}}, nil
+}
+
+// issue has clients ask for one certificate after another for a while. The requests are made beforehand, and each must succeed.
+func (s *site) issue(ctx context.Context, clients int) (load.Result, error) {
+	issuer, err := s.issuer(ctx, clients)
+	if err != nil {
+		return load.Result{}, err
+	}
+	op, err := issuer.Prepare(6_000)
+	if err != nil {
+		return load.Result{}, err
+	}
+	r := load.Run(ctx, load.Config{Clients: clients, Duration: seconds}, op)
+	if r.Failed > 0 {
+		err = fmt.Errorf("%d clients: %v", clients, r)
+	}
+	return r, err
+}
+
+// bulk measures certificates per second asked for 32 at a time by two clients.
+func (s *site) bulk(ctx context.Context) (float64, error) {
+	const size = 32
+	return median(runs, func() (float64, error) {
+		issuer, err := s.issuer(ctx, 2)
+		if err != nil {
+			return 0, err
+		}
+		op, err := issuer.PrepareBulk(200, size)
+		if err != nil {
+			return 0, err
+		}
+		r := load.Run(ctx, load.Config{Clients: 2, Duration: seconds}, op)
+		if r.Failed > 0 {
+			return 0, fmt.Errorf("bulk: %v", r)
+		}
+		return r.PerSecond * size, nil
+	})
+}
+
+// stageTable is the time in each stage of issuing, of all CA nodes together.
+type stageTable map[string]health.Stage
+
+func (s *site) stages(ctx context.Context) (stageTable, error) {
+	st, err := s.status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := tlsOf(st.Credentials.Trust, st.Credentials.SRE.Cert, st.Credentials.SRE.Key)
+	if err != nil {
+		return nil, err
+	}
+	client := load.NewClient(cfg, 1)
+	defer client.CloseIdleConnections()
+	all := make(stageTable)
+	for _, p := range st.Processes {
+		if p.Role != cluster.RoleCA {
+			continue
+		}
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+p.Addresses["admin"]+"/metrics", http.NoBody)
+		if err != nil {
+			return nil, err
+		}
+		resp, err := client.Do(req)
+		if err != nil {
+			return nil, err
+		}
+		stages, err := health.ReadStages(resp.Body, health.CAStages)
+		_ = resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("answered %s", resp.Status)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("metrics of %s: %w", p.Name, err)
+		}
+		for name, stage := range stages {
+			all[name] = stage.Add(all[name])
+		}
+	}
+	return all, nil
+}
+
+// printSince prints what was observed since an earlier table.
+func (t stageTable) printSince(earlier stageTable) {
+	ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+	for _, name := range health.CAStageOrder {
+		s := t[name].Since(earlier[name])
+		fmt.Printf("  %-8s %7d times   mean %7.2f ms   p50 %7.2f ms   p99 %7.2f ms\n", name, s.Count, ms(s.Mean()), ms(s.Quantile(.5)), ms(s.Quantile(.99)))
+	}
 }

@@ -47,13 +47,15 @@ func main() {
 
 func run(ctx context.Context) (err error) {
 	benches := []bench{
-		{[]string{"issue_1", "issue_8", "issue_32"}, issuing},
+		{[]string{"issue_1", "issue_8", "issue_32", "issue_bulk"}, issuing},
 		{[]string{"row_cost"}, rowCost},
 		{[]string{"ocsp_keepalive"}, ocspKeepalive},
 		{[]string{"lb_http"}, lbHTTP},
 		{[]string{"group_overhead", "group_scaling", "enroll_100"}, hsmGroups},
+		{[]string{"reconcile_1000"}, hsmReconcile},
 		{[]string{"ca_kill"}, caKill},
 		{[]string{"demo_start"}, demoStart},
+		{[]string{"issue_large"}, issueLarge}, // last: the responders are gone after it
 	}
 	only := os.Getenv("BENCH")
 	if only != "" {

@@ -29,7 +29,7 @@ const (
 // rowCost measures certificates that the record takes per second in the pipeline's way (a batch of intents, a batch of outcomes with their feed rows, read back on another node)
 // beside the same rows inserted one statement each, with as many writers, on the same cluster.
 func rowCost(ctx context.Context, s *site) ([]Row, error) {
-	store, raw, done, err := scratch(ctx, s)
+	store, raw, done, err := s.database(ctx, "bench")
 	if err != nil {
 		return nil, err
 	}
@@ -58,8 +58,8 @@ func rowCost(ctx context.Context, s *site) ([]Row, error) {
 	}}, nil
 }
 
-// scratch makes a database of its own beside the cluster's, with the same tables.
-func scratch(ctx context.Context, s *site) (*db.Store, *sql.DB, func(), error) {
+// database opens a database with an account that may do everything in it; one that is not the cluster's own is made first, with the same tables.
+func (s *site) database(ctx context.Context, name string) (*db.Store, *sql.DB, func(), error) {
 	st, err := s.status(ctx)
 	if err != nil {
 		return nil, nil, nil, err
@@ -73,13 +73,13 @@ func scratch(ctx context.Context, s *site) (*db.Store, *sql.DB, func(), error) {
 	}
 	for _, p := range st.Processes {
 		if p.Role == cluster.RoleDB {
-			if err := galera.CreateAccount(ctx, galera.Node{Name: p.Name, Dir: p.Dir}, "bench", "bench", password); err != nil {
+			if err := galera.CreateAccount(ctx, galera.Node{Name: p.Name, Dir: p.Dir}, name, "bench", password); err != nil {
 				return nil, nil, nil, err
 			}
 			break
 		}
 	}
-	cfg := db.Config{Nodes: st.Database.Nodes, Name: "bench", User: "bench", PasswordFile: file, Role: "bench"}
+	cfg := db.Config{Nodes: st.Database.Nodes, Name: name, User: "bench", PasswordFile: file, Role: "bench"}
 	if err := db.Migrate(ctx, cfg); err != nil {
 		return nil, nil, nil, err
 	}
@@ -87,7 +87,7 @@ func scratch(ctx context.Context, s *site) (*db.Store, *sql.DB, func(), error) {
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	raw, err := sql.Open("mysql", fmt.Sprintf("bench:%s@tcp(%s)/bench?interpolateParams=true", password, st.Database.Nodes[0]))
+	raw, err := sql.Open("mysql", fmt.Sprintf("bench:%s@tcp(%s)/%s?interpolateParams=true", password, st.Database.Nodes[0], name))
 	if err != nil {
 		return nil, nil, nil, errors.Join(err, store.Close())
 	}
@@ -127,15 +127,18 @@ func throughput(ctx context.Context, f func(context.Context) (int, error)) (floa
 	return float64(total.Load()) / time.Since(began).Seconds(), failed
 }
 
-func intent() db.Intent {
+func intent() db.Intent { return intentOf("bench-g1", time.Now()) }
+
+// intentOf is an intent as a CA node would have made it then.
+func intentOf(issuer string, then time.Time) db.Intent {
 	serial := make([]byte, 20)
 	_, _ = rand.Read(serial)
-	binary.BigEndian.PutUint32(serial, uint32(time.Now().Unix()/2))
+	binary.BigEndian.PutUint32(serial, uint32(then.Unix()/2))
 	req := sha256.Sum256(serial)
 	tbs := make([]byte, tbsSize)
 	_, _ = rand.Read(tbs)
 	return db.Intent{
-		Issuer: "bench-g1", Serial: serial, Req: req[:], Body: req[:], TBS: tbs, Profile: "tls-server", ProfileVersion: 1, ProfileHash: req[:],
+		Issuer: issuer, Serial: serial, Created: then, Req: req[:], Body: req[:], TBS: tbs, Profile: "tls-server", ProfileVersion: 1, ProfileHash: req[:],
 		Requester: "trivet://demo/requester/bench", SiteEpoch: 1, Node: "bench",
 	}
 }

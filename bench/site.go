@@ -129,17 +129,26 @@ func (s *site) issuer(ctx context.Context, clients int) (*load.Issuer, error) {
 	if err != nil {
 		return nil, err
 	}
-	trust, err := os.ReadFile(st.Credentials.Trust)
+	cfg, err := tlsOf(st.Credentials.Trust, st.Credentials.Requester.Cert, st.Credentials.Requester.Key)
 	if err != nil {
 		return nil, err
 	}
-	pair, err := tls.LoadX509KeyPair(st.Credentials.Requester.Cert, st.Credentials.Requester.Key)
+	return load.NewIssuer(st.Endpoints.API[0], load.NewClient(cfg, clients)), nil
+}
+
+// tlsOf is a client's configuration from the files of its identity.
+func tlsOf(trustFile, cert, key string) (*tls.Config, error) {
+	trust, err := os.ReadFile(trustFile)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
 		return nil, err
 	}
 	cfg := &tls.Config{RootCAs: x509.NewCertPool(), Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}
 	cfg.RootCAs.AppendCertsFromPEM(trust)
-	return load.NewIssuer(st.Endpoints.API[0], load.NewClient(cfg, clients), 8)
+	return cfg, nil
 }
 
 func readCertificate(file string) (*x509.Certificate, error) {
