@@ -294,6 +294,12 @@ func (c *Cluster) Exec(t testing.TB, i int, query string) {
 	}
 }
 
+// Apply waits until a node has applied all that the others have committed before the call.
+func (c *Cluster) Apply(t testing.TB, i int) {
+	t.Helper()
+	c.Exec(t, i, "SET STATEMENT wsrep_sync_wait = 1 FOR SELECT COUNT(*) FROM mysql.db")
+}
+
 // Log returns the path of a node's log.
 func (c *Cluster) Log(i int) string { return filepath.Join(c.dir, c.Nodes[i].Name+".log") }
 
