@@ -48,7 +48,7 @@ test: ## everything that must pass before a merge: lint, all tests under the rac
 	@ops/install.sh test
 	@$(MAKE) --no-print-directory lint
 	@echo "test: packages, race detector"
-	@$(GO) test -race -p 1 -timeout 15m $(PACKAGES)
+	@$(GO) test -race -p 2 -timeout 20m $(PACKAGES)
 	@$(MAKE) --no-print-directory build
 	@echo "test: end to end"
 	@$(GO) test -count=1 -p 1 -timeout 20m ./e2e
