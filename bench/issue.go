@@ -15,18 +15,20 @@ import (
 func issuing(ctx context.Context, s *site) ([]Row, error) {
 	var rows []Row
 	var stages stageTable
+	var cpu cpuTable
 	for _, c := range []struct {
 		clients int
 		goal    float64
 	}{{1, 0}, {8, 0}, {32, 400}} {
 		var p99 time.Duration
+		var certificates int
 		rate, err := median(runs, func() (float64, error) {
 			var err error
 			if stages, err = s.stages(ctx); err != nil {
 				return 0, err
 			}
-			r, err := s.issue(ctx, c.clients)
-			p99 = r.P99
+			r, before, err := s.issue(ctx, c.clients)
+			p99, certificates, cpu = r.P99, r.Requests, before
 			return r.PerSecond, err
 		})
 		if err != nil {
@@ -45,6 +47,11 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 			return nil, err
 		}
 		after.printSince(stages)
+		spent, err := s.cpu(ctx)
+		if err != nil {
+			return nil, err
+		}
+		spent.printSince(cpu, certificates)
 		rows = append(rows, row)
 	}
 	bulk, err := s.bulk(ctx)
@@ -86,21 +93,26 @@ func demoStart(_ context.Context, s *site) ([]Row, error) {
 	return []Row{{Name: "demo_start", Value: took, Unit: "s", Reference: "three Galera nodes alone, one after another *", ReferenceValue: 20, Ratio: 20 / took, Goal: "<=60 s", Met: took <= 60}}, nil
 }
 
-// issue has clients ask for one certificate after another for a while. The requests are made beforehand, and each must succeed.
-func (s *site) issue(ctx context.Context, clients int) (load.Result, error) {
+// issue has clients ask for one certificate after another for a while. The requests are made beforehand, and each must succeed. It returns the
+// processor times at the start, too.
+func (s *site) issue(ctx context.Context, clients int) (load.Result, cpuTable, error) {
 	issuer, err := s.issuer(ctx, clients)
 	if err != nil {
-		return load.Result{}, err
+		return load.Result{}, nil, err
 	}
 	op, err := issuer.Prepare(6_000)
 	if err != nil {
-		return load.Result{}, err
+		return load.Result{}, nil, err
+	}
+	before, err := s.cpu(ctx)
+	if err != nil {
+		return load.Result{}, nil, err
 	}
 	r := load.Run(ctx, load.Config{Clients: clients, Duration: seconds}, op)
 	if r.Failed > 0 {
 		err = fmt.Errorf("%d clients: %v", clients, r)
 	}
-	return r, err
+	return r, before, err
 }
 
 // bulk measures certificates per second asked for 32 at a time by two clients.

@@ -37,7 +37,7 @@ func issueLarge(ctx context.Context, s *site) ([]Row, error) {
 	}
 	rate := func() (float64, error) {
 		return median(runs, func() (float64, error) {
-			r, err := s.issue(ctx, 32)
+			r, _, err := s.issue(ctx, 32)
 			return r.PerSecond, err
 		})
 	}
