@@ -64,8 +64,8 @@ type Config struct {
 	BaseURL  string           // http://host[:port] for AIA, CDP and OCSP addresses, without a trailing slash
 
 	MaxBatch int           // most certificates in one batch; default 64
-	Collect  time.Duration // longest wait of a job for company while another batch is under way; default 50ms
-	Linger   time.Duration // longest wait of those who waited for a batch for those whom it has answered; default 10ms
+	Collect  time.Duration // wait of a job for company while another batch is under way, longer where batches are slow; default 50ms
+	Linger   time.Duration // wait of those who waited for a batch for those whom it has answered, longer where batches are slow; default 10ms
 	InFlight int           // batches under way at once; default 2: more make smaller batches, and all of them meet at the lane
 
 	Places      int // requests worked on at once; default 256

@@ -418,9 +418,15 @@ func (e *Engine) finish(j *job, issued *Issued, err error) {
 // nothing. While one is under way jobs gather: a batch costs its transactions and fsyncs whatever its size, so another starts beside it only when
 // it is worth them (a quarter full) or when its first job has waited for Collect. When the last one has ended, whoever it answered comes back in a moment
 // with the next request: those who waited wait for them up to Linger, and go together, instead of in two batches of half the size that take turns.
+// Both waits grow with what a batch takes: where it takes long, company is worth more and comes later.
 func (e *Engine) collect(ctx context.Context) {
-	ended := make(chan int)
+	type end struct {
+		size int
+		took time.Duration
+	}
+	ended := make(chan end)
 	running := 0
+	var pace time.Duration // what a batch takes, of late
 	defer func() {
 		for ; running > 0; running-- {
 			<-ended
@@ -432,9 +438,9 @@ func (e *Engine) collect(ctx context.Context) {
 		jobs := batch
 		batch = nil
 		go func() {
-			size := len(jobs)
+			size, began := len(jobs), time.Now()
 			e.runBatch(jobs)
-			ended <- size
+			ended <- end{size, time.Since(began)}
 		}()
 	}
 	timer := time.NewTimer(e.cfg.Collect)
@@ -456,12 +462,13 @@ func (e *Engine) collect(ctx context.Context) {
 		select {
 		case j := <-more:
 			if batch = append(batch, j); len(batch) == 1 {
-				timer.Reset(e.cfg.Collect)
+				timer.Reset(max(e.cfg.Collect, min(pace, longestCollect)))
 			}
-		case size := <-ended:
+		case last := <-ended:
+			pace += (last.took - pace) / 8
 			if running--; running == 0 && len(batch) > 0 && !waited {
-				company = len(batch) + size*7/8
-				timer.Reset(e.cfg.Linger)
+				company = len(batch) + last.size*7/8
+				timer.Reset(max(e.cfg.Linger, min(pace/3, longestLinger)))
 			}
 		case <-timer.C:
 			waited = len(batch) > 0
@@ -474,6 +481,12 @@ func (e *Engine) collect(ctx context.Context) {
 		}
 	}
 }
+
+// What waiting for company grows to on a node whose batches take long.
+const (
+	longestCollect = 150 * time.Millisecond
+	longestLinger  = 30 * time.Millisecond
+)
 
 // queued adds what waits in the queue to a batch, up to its largest size.
 func (e *Engine) queued(batch []*job) []*job {
