@@ -67,8 +67,8 @@ func cpuOf(pid int) (cpuTime, error) {
 	return cpuTime{time.Duration(user) * tick, time.Duration(system) * tick}, nil
 }
 
-// printSince prints what each role took per certificate since an earlier table, and returns the sum.
-func (t cpuTable) printSince(earlier cpuTable, certificates int) time.Duration {
+// printSince prints what each role took per certificate since an earlier table.
+func (t cpuTable) printSince(earlier cpuTable, certificates int) {
 	var sum cpuTime
 	each := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) / float64(certificates) }
 	for _, role := range slices.Sorted(maps.Keys(t)) {
@@ -77,5 +77,12 @@ func (t cpuTable) printSince(earlier cpuTable, certificates int) time.Duration {
 		fmt.Printf("  cpu %-8s %6.2f ms a certificate (user %.2f, system %.2f)\n", role, each(d.user+d.system), each(d.user), each(d.system))
 	}
 	fmt.Printf("  cpu %-8s %6.2f ms a certificate (user %.2f, system %.2f)\n", "all", each(sum.user+sum.system), each(sum.user), each(sum.system))
-	return (sum.user + sum.system) / time.Duration(certificates)
+}
+
+// since is what some roles have taken since an earlier table.
+func (t cpuTable) since(earlier cpuTable, roles ...string) (sum time.Duration) {
+	for _, r := range roles {
+		sum += t[r].user - earlier[r].user + t[r].system - earlier[r].system
+	}
+	return sum
 }

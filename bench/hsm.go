@@ -13,7 +13,7 @@ import (
 // hsmGroups measures what a group of HSMs costs beside one HSM, and what it gains. The HSMs are agents on SoftHSM that the benchmarks of package hsmsync
 // start for themselves; those whose speed matters are held to the same number of signatures a second.
 func hsmGroups(ctx context.Context, _ *site) ([]Row, error) {
-	overhead, err := goBench(ctx, "Overhead/digests=8/callers=8$", "2000x")
+	overhead, err := goBench(ctx, "./hsmsync", "Overhead/digests=8/callers=8$", "2000x")
 	if err != nil {
 		return nil, err
 	}
@@ -22,16 +22,16 @@ func hsmGroups(ctx context.Context, _ *site) ([]Row, error) {
 		Name: "group_overhead", Value: group, Unit: "sign/s", Reference: "one member directly, each signature verified", ReferenceValue: direct,
 		Ratio: group / direct, Goal: ">=0.85x", Met: group >= 0.85*direct,
 	}}
-	one, err := goBench(ctx, "Scaling/members=active_drained_drained/digests=64/callers=4$", "60x")
+	one, err := goBench(ctx, "./hsmsync", "Scaling/members=active_drained_drained/digests=64/callers=4$", "60x")
 	if err != nil {
 		return nil, err
 	}
-	three, err := goBench(ctx, "Scaling/members=active_active_active/digests=64/callers=4$", "180x")
+	three, err := goBench(ctx, "./hsmsync", "Scaling/members=active_active_active/digests=64/callers=4$", "180x")
 	if err != nil {
 		return nil, err
 	}
 	alone, all := one.metric("signatures/s"), three.metric("signatures/s")
-	enroll, err := goBench(ctx, "Enroll/^100_keys$", "1x")
+	enroll, err := goBench(ctx, "./hsmsync", "Enroll/^100_keys$", "1x")
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +47,7 @@ func hsmGroups(ctx context.Context, _ *site) ([]Row, error) {
 
 // hsmReconcile measures what keeping 1,000 keys alike on three members costs while nothing changes.
 func hsmReconcile(ctx context.Context, _ *site) ([]Row, error) {
-	r, err := goBenchCount(ctx, "ReconcileMany$", "1x", 1)
+	r, err := goBenchCount(ctx, "./hsmsync", "ReconcileMany$", "1x", 1)
 	if err != nil {
 		return nil, err
 	}
@@ -61,14 +61,14 @@ func hsmReconcile(ctx context.Context, _ *site) ([]Row, error) {
 // results are the lines that `go test -bench` printed.
 type results [][]string
 
-// goBench runs a benchmark of package hsmsync several times.
-func goBench(ctx context.Context, name, times string) (results, error) {
-	return goBenchCount(ctx, name, times, runs)
+// goBench runs a benchmark of a package several times.
+func goBench(ctx context.Context, pkg, name, times string) (results, error) {
+	return goBenchCount(ctx, pkg, name, times, runs)
 }
 
 // goBenchCount runs one that takes long only so often.
-func goBenchCount(ctx context.Context, name, times string, count int) (results, error) {
-	c := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", name, "-benchtime", times, "-count", strconv.Itoa(count), "-timeout", "30m", "./hsmsync")
+func goBenchCount(ctx context.Context, pkg, name, times string, count int) (results, error) {
+	c := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", name, "-benchtime", times, "-count", strconv.Itoa(count), "-timeout", "30m", pkg)
 	c.Stderr = os.Stderr
 	out, err := c.Output()
 	if err != nil {

@@ -48,6 +48,7 @@ func main() {
 func run(ctx context.Context) (err error) {
 	benches := []bench{
 		{[]string{"issue_1", "issue_8", "issue_32", "issue_bulk"}, issuing},
+		{[]string{"issue_limit"}, issueLimit},
 		{[]string{"row_cost"}, rowCost},
 		{[]string{"ocsp_keepalive"}, ocspKeepalive},
 		{[]string{"lb_http"}, lbHTTP},

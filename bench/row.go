@@ -41,7 +41,7 @@ func rowCost(ctx context.Context, s *site) ([]Row, error) {
 		return nil, err
 	}
 	batched, err := median(runs, func() (float64, error) {
-		return throughput(ctx, func(ctx context.Context) (int, error) { return batch(ctx, store, lane) })
+		return throughput(ctx, func(ctx context.Context) (int, error) { return batch(ctx, store, lane, batchSize) })
 	})
 	if err != nil {
 		return nil, err
@@ -143,12 +143,14 @@ func intentOf(issuer string, then time.Time) db.Intent {
 	}
 }
 
-func batch(ctx context.Context, store *db.Store, lane *db.Lane) (int, error) {
-	intents := make([]db.Intent, batchSize)
-	reqs := make([][]byte, batchSize)
-	facts := make([]db.Fact, batchSize)
+func batch(ctx context.Context, store *db.Store, lane *db.Lane, size int) (int, error) {
+	intents := make([]db.Intent, size)
+	reqs := make([][]byte, size)
+	facts := make([]db.Fact, size)
 	for i := range intents {
 		intents[i] = intent()
+		key := sha256.Sum256(intents[i].Req)
+		intents[i].Key = key[:] // one of its own, as certificates mostly have
 		reqs[i] = intents[i].Req
 		facts[i] = db.Fact{Outcome: &db.Outcome{Issuer: intents[i].Issuer, Serial: intents[i].Serial, Kind: db.OutcomeCert, DER: make([]byte, derSize), NotAfter: time.Now().Add(time.Hour)}}
 	}
@@ -168,7 +170,7 @@ func batch(ctx context.Context, store *db.Store, lane *db.Lane) (int, error) {
 			return 0, errors.New("a row that was committed cannot be read back")
 		}
 	}
-	return batchSize, nil
+	return size, nil
 }
 
 // one inserts a certificate's three rows with a statement each, autocommitted.

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net/http"
+	"runtime"
+	"time"
+
+	"trivet/load"
+)
+
+// signatures that a certificate costs: its own, and one answer about it by each responder.
+const signatures = 3
+
+// issueLimit says how near issuing comes to what this machine could do in this very hour: it measures, each by itself, the processor time of the steps
+// that no issuing can do without, and compares the rate with what would be left if there were nothing but them.
+func issueLimit(ctx context.Context, s *site) ([]Row, error) {
+	rate, err := median(runs, func() (float64, error) {
+		r, _, err := s.issue(ctx, 32)
+		return r.PerSecond, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	var sum time.Duration
+	for _, part := range []struct {
+		what string
+		cost func(context.Context) (time.Duration, error)
+	}{
+		{"two TLS hops, a request and an answer through the balancer", s.costOfRequest},
+		{"CSR, policy, certificate and lint", costOfDraft},
+		{fmt.Sprintf("%d signatures of the token", signatures), costOfSignatures},
+		{fmt.Sprintf("%d verifications", signatures), costOfVerifications},
+		{"rows on three database nodes, 16 certificates a batch", s.costOfRows},
+	} {
+		cost, err := part.cost(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", part.what, err)
+		}
+		fmt.Printf("  cpu %6.2f ms  %s\n", float64(cost)/float64(time.Millisecond), part.what)
+		sum += cost
+	}
+	limit := float64(runtime.NumCPU()) * float64(time.Second) / float64(sum)
+	fmt.Printf("  cpu %6.2f ms  in all: at most %.0f certificates/s on %d cores, journals, change feed, second holder, probes and idle time left out\n",
+		float64(sum)/float64(time.Millisecond), limit, runtime.NumCPU())
+	return []Row{{Name: "issue_limit", Value: rate, Unit: "cert/s", Reference: "the unavoidable steps alone, all cores busy", ReferenceValue: limit, Ratio: rate / limit}}, nil
+}
+
+// costOfRequest is a request that the CA node answers from memory, of all that take part in it.
+func (s *site) costOfRequest(ctx context.Context) (time.Duration, error) {
+	issuer, err := s.issuer(ctx, 32)
+	if err != nil {
+		return 0, err
+	}
+	before, err := s.cpu(ctx)
+	if err != nil {
+		return 0, err
+	}
+	r := load.Run(ctx, load.Config{Clients: 32, Duration: seconds}, func(ctx context.Context, _ int) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, issuer.URL+"/v1/profiles", http.NoBody)
+		if err != nil {
+			return err
+		}
+		resp, err := issuer.Client.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+			return err
+		}
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("answered %s", resp.Status)
+		}
+		return nil
+	})
+	if r.Failed > 0 {
+		return 0, fmt.Errorf("asking for profiles: %v", r)
+	}
+	after, err := s.cpu(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return after.since(before, "client", "lb", "ca") / time.Duration(r.Requests), nil
+}
+
+func costOfDraft(ctx context.Context) (time.Duration, error) {
+	r, err := goBench(ctx, "./ca", "Draft$", "2000x")
+	return time.Duration(r.metric("ns/op")), err
+}
+
+func costOfSignatures(ctx context.Context) (time.Duration, error) {
+	r, err := goBench(ctx, "./hsm/pkcs11", "Sign/^softhsm$/^P-256$", "5000x")
+	if err != nil {
+		return 0, err
+	}
+	return time.Duration(signatures * float64(runtime.NumCPU()) * r.metric("ns/op")), nil // it signs on every core
+}
+
+func costOfVerifications(context.Context) (time.Duration, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return 0, err
+	}
+	digest := sha256.Sum256([]byte("certificate"))
+	signature, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
+	if err != nil {
+		return 0, err
+	}
+	const times = 2000
+	began := time.Now()
+	for range times {
+		if !ecdsa.VerifyASN1(&key.PublicKey, digest[:], signature) {
+			return 0, fmt.Errorf("a signature does not verify")
+		}
+	}
+	return signatures * time.Since(began) / times, nil
+}
+
+// costOfRows is what a certificate's rows cost the database nodes and their client.
+func (s *site) costOfRows(ctx context.Context) (time.Duration, error) {
+	store, _, done, err := s.database(ctx, "benchlimit")
+	if err != nil {
+		return 0, err
+	}
+	defer done()
+	var incarnation [16]byte
+	_, _ = rand.Read(incarnation[:]) // documented never to fail
+	lane, err := store.OpenLane(ctx, "bench", incarnation, 0)
+	if err != nil {
+		return 0, err
+	}
+	before, err := s.cpu(ctx)
+	if err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	rate, err := throughput(ctx, func(ctx context.Context) (int, error) { return batch(ctx, store, lane, 16) })
+	if err != nil {
+		return 0, err
+	}
+	certificates := rate * time.Since(began).Seconds()
+	after, err := s.cpu(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return time.Duration(float64(after.since(before, "client", "db")) / certificates), nil
+}
