@@ -84,7 +84,7 @@ func (t *Token) Swap(spec hsm.KeySpec, publicSPKI []byte) error {
 	if _, err := t.raw.CreateObject(t.session, template(lines, naming(spec, id), t.raw.profile.keeps(publicPolicy()))); err != nil {
 		return err
 	}
-	t.setHeld(nil) // or nobody would look for it
+	t.doubt(id) // or nobody would look for it
 	k := kinds[spec.Algorithm]
 	_, _, err = t.raw.GenerateKeyPair(t.session, []*p11.Mechanism{p11.NewMechanism(k.generate, nil)},
 		template(k.generation(), []attribute{{p11.CKA_TOKEN, false}, {p11.CKA_VERIFY, true}}),

@@ -10,12 +10,17 @@ import (
 
 // Where the keys are. A module may look at every object, several files each, to find one (SoftHSM does), so that finding each
 // of n keys costs n². One process holds the token, so the handles that the last listing saw and those of what was made since
-// are remembered, and looked at before they are believed. Whatever is in doubt is looked for.
+// are remembered, and looked at before they are believed. What is in doubt under one id is looked for; where the handles are
+// not what they were, all are listed anew, at the price of one search.
 
 // handles are the objects under one CKA_ID.
-type handles struct{ privates, publics []p11.ObjectHandle }
+type handles struct {
+	privates, publics []p11.ObjectHandle
+	// unsure: an operation failed in the middle of changing them.
+	unsure bool
+}
 
-// setHeld takes in what a listing saw; nil means that nothing is known, so that objects are looked for.
+// setHeld takes in what a listing saw; nil means that nothing is known, so that the next who asks lists them.
 func (t *Token) setHeld(held map[string]handles) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -28,31 +33,70 @@ func (t *Token) holds(id []byte, h handles) {
 	defer t.mu.Unlock()
 	switch {
 	case t.held == nil:
-	case len(h.privates)+len(h.publics) == 0:
+	case len(h.privates)+len(h.publics) == 0 && !h.unsure:
 		delete(t.held, string(id))
 	default:
 		t.held[string(id)] = h
 	}
 }
 
+// doubt has what is under an id looked for by whoever asks next.
+func (t *Token) doubt(id []byte) { t.holds(id, handles{unsure: true}) }
+
 // under lists the objects under an id. The caller holds manage.
 func (t *Token) under(id []byte) (privates, publics []p11.ObjectHandle, err error) {
 	t.mu.RLock()
 	known, h := t.held != nil, t.held[string(id)]
 	t.mu.RUnlock()
-	if known && t.still(id, h) {
-		return slices.Clone(h.privates), slices.Clone(h.publics), nil
-	}
-	if known {
-		t.log.Warn("the token's objects are not where they were; they are looked for", "token", t.label)
-		t.setHeld(nil)
-	}
-	for class, to := range map[uint]*[]p11.ObjectHandle{p11.CKO_PRIVATE_KEY: &privates, p11.CKO_PUBLIC_KEY: &publics} {
-		if *to, err = t.find(attribute{p11.CKA_CLASS, class}, attribute{p11.CKA_ID, id}); err != nil {
+	switch {
+	case known && h.unsure:
+		for class, to := range map[uint]*[]p11.ObjectHandle{p11.CKO_PRIVATE_KEY: &h.privates, p11.CKO_PUBLIC_KEY: &h.publics} {
+			if *to, err = t.find(attribute{p11.CKA_CLASS, class}, attribute{p11.CKA_ID, id}); err != nil {
+				return nil, nil, err
+			}
+		}
+		h.unsure = false
+		t.holds(id, h)
+	case known && t.still(id, h):
+	default:
+		if known {
+			t.log.Warn("the token's objects are not where they were; they are listed anew", "token", t.label)
+		}
+		if h, err = t.locate(id); err != nil {
 			return nil, nil, err
 		}
 	}
-	return privates, publics, nil
+	return slices.Clone(h.privates), slices.Clone(h.publics), nil
+}
+
+// locate lists the handles of all keys, and returns those under id.
+func (t *Token) locate(id []byte) (handles, error) {
+	t.setHeld(nil)
+	publics, err := t.publics()
+	if err != nil {
+		return handles{}, err
+	}
+	held := make(map[string]handles, len(publics))
+	for id, objects := range publics {
+		held[id] = handles{publics: objects}
+	}
+	privates, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})
+	if err != nil {
+		return handles{}, err
+	}
+	for _, object := range privates {
+		v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL)
+		if err != nil {
+			return handles{}, err
+		}
+		if string(v[1]) != t.transportLabel() {
+			h := held[string(v[0])]
+			h.privates = append(h.privates, object)
+			held[string(v[0])] = h
+		}
+	}
+	t.setHeld(held)
+	return held[string(id)], nil
 }
 
 // still tells whether handles are of what they were. Where the module cannot say, they are looked for, which tells why.
@@ -93,10 +137,11 @@ func (t *Token) Count() error {
 	}
 	known := 1 // the transport key
 	t.mu.RLock()
+	sure := t.held != nil
 	for h := range maps.Values(t.held) {
 		known += len(h.privates)
+		sure = sure && !h.unsure
 	}
-	sure := t.held != nil
 	t.mu.RUnlock()
 	if sure && known == len(objects) {
 		return nil

@@ -107,7 +107,7 @@ func (t *Token) list() (list []hsm.KeyRecord, held map[string]handles, strangers
 			return nil, nil, nil, err
 		}
 		delete(publics, id)
-		held[id] = handles{append(held[id].privates, object), held[id].publics}
+		held[id] = handles{privates: append(held[id].privates, object), publics: held[id].publics}
 		list = append(list, k)
 	}
 	for id, objects := range publics {

@@ -65,13 +65,13 @@ func (t *Token) generate(spec hsm.KeySpec) (hsm.KeyRecord, error) {
 		template(naming(spec, id), k.generation(), t.raw.profile.keeps(publicPolicy())),
 		template(naming(spec, id), t.raw.profile.privatePolicy(!spec.NonExtractable)))
 	if err != nil {
-		t.setHeld(nil) // perhaps it was made
+		t.doubt(id) // perhaps it was made
 		return hsm.KeyRecord{}, classify(op, err)
 	}
-	t.holds(id, handles{[]p11.ObjectHandle{private}, []p11.ObjectHandle{public}})
+	t.holds(id, handles{privates: []p11.ObjectHandle{private}, publics: []p11.ObjectHandle{public}})
 	record, err := t.asMade(spec, id, private)
 	if err != nil {
-		t.setHeld(nil)
+		t.doubt(id)
 		if gone := t.remove(private, public); gone != nil {
 			t.log.Error("removing a key that came out wrong", "key", spec.ID, "error", gone)
 		}
@@ -133,7 +133,7 @@ func (t *Token) clear(p pair, spec hsm.KeySpec) error {
 // removePair removes all that is under one id, the private half first.
 func (t *Token) removePair(id []byte, p pair) error {
 	if err := t.remove(append(p.privates, p.publics...)...); err != nil {
-		t.setHeld(nil)
+		t.doubt(id)
 		return err
 	}
 	t.holds(id, handles{})
@@ -340,7 +340,7 @@ func (t *Token) bringIn(in arrival) (k hsm.KeyRecord, err error) {
 	var made []p11.ObjectHandle
 	defer func() {
 		if err != nil {
-			t.setHeld(nil) // perhaps more was made than is known
+			t.doubt(in.id) // perhaps more was made than is known
 		}
 		if err != nil && len(made) > 0 {
 			if gone := t.remove(made...); gone != nil {
@@ -354,10 +354,12 @@ func (t *Token) bringIn(in arrival) (k hsm.KeyRecord, err error) {
 			return k, err
 		}
 		if object, err = t.raw.unwrap(t.session, t.keyWrapPad, in.with, in.wrapped, lines); err != nil {
+			// The sender is told nothing of it; whoever looks after this token wants to know.
+			t.log.Warn("the module refused to unwrap a key", "key", in.spec.ID, "token", t.label, "error", err)
 			return k, opaque(in.op, err)
 		}
 		made = append(made, object)
-		t.holds(in.id, handles{[]p11.ObjectHandle{object}, p.publics})
+		t.holds(in.id, handles{privates: []p11.ObjectHandle{object}, publics: p.publics})
 		if err := t.proves(object, in.spec.ID, in.spec.Algorithm, in.pub); err != nil {
 			return k, err
 		}
@@ -378,7 +380,7 @@ func (t *Token) bringIn(in arrival) (k hsm.KeyRecord, err error) {
 			return k, err
 		}
 		made = append(made, public)
-		t.holds(in.id, handles{[]p11.ObjectHandle{object}, []p11.ObjectHandle{public}})
+		t.holds(in.id, handles{privates: []p11.ObjectHandle{object}, publics: []p11.ObjectHandle{public}})
 	}
 	if p, err = t.pair(in.id); err != nil {
 		return k, err

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ThalesIgnite/crypto11"
 	p11 "github.com/miekg/pkcs11"
 
 	"trivet/hsm"
@@ -77,6 +78,20 @@ func (t *Token) signer(id hsm.KeyID) (*signer, error) {
 // object a search among thousands takes longer than a signature may.
 const fewKeys = 100
 
+// crypto11Pair is a key as crypto11 has found it, or nil for one that is signed with directly. A search must not meet an object
+// that is being made: SoftHSM's locks keep processes apart and not threads, so that the search reads half an object, takes it
+// for broken, and the making fails with CKR_GENERAL_ERROR. So none is made while the token is being managed.
+func (t *Token) crypto11Pair(k hsm.KeyRecord, id []byte) (crypto11.Signer, error) {
+	t.mu.RLock()
+	few := len(t.keys) <= fewKeys
+	t.mu.RUnlock()
+	if t.p11 == nil || !few || k.Algorithm == hsm.Ed25519 || !t.manage.TryLock() { // crypto11 does not know Ed25519
+		return nil, nil
+	}
+	defer t.manage.Unlock()
+	return t.p11.FindKeyPair(id, []byte(k.ObjectLabel()))
+}
+
 // makeSigner finds the private key, and has it sign once: what answers to the key's name must be the key. One that is
 // another is faulty from now on.
 func (t *Token) makeSigner(k hsm.KeyRecord) (*signer, error) {
@@ -89,14 +104,9 @@ func (t *Token) makeSigner(k hsm.KeyRecord) (*signer, error) {
 		return nil, hsm.Errorf(hsm.ClassNotFound, "sign", "key %s in token %s: %w", k.ID, t.label, err)
 	}
 	s := &signer{algorithm: k.Algorithm}
-	t.mu.RLock()
-	few := len(t.keys) <= fewKeys
-	t.mu.RUnlock()
-	if t.p11 != nil && few && k.Algorithm != hsm.Ed25519 { // which crypto11 does not know
-		pair, err := t.p11.FindKeyPair(id, []byte(k.ObjectLabel()))
-		if err != nil {
-			return nil, classify("find", err)
-		}
+	if pair, err := t.crypto11Pair(k, id); err != nil {
+		return nil, classify("find", err)
+	} else if pair != nil {
 		s.sign = func(digest []byte) ([]byte, error) { return pair.Sign(rand.Reader, digest, k.Algorithm.Hash()) }
 	} else if err := t.signDirectly(s, k, id); err != nil {
 		return nil, classify("find", err)
