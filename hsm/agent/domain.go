@@ -162,14 +162,14 @@ func (s *Server) domainImport(ctx context.Context, by identity.Principal, req wr
 // sound refuses to move keys under a domain key that was brought in from outside while the token holds one that a token made:
 // such a pair is either the end of a rotation, when the new one is the one to use, or somebody's attempt to read keys.
 func (s *Server) sound(op string, t Token, kek string) error {
-	i := t.Info()
+	current, next := t.Domains()
 	if kek == "" {
-		kek = i.KEK
+		kek = current
 	}
-	if !holds(i, kek) || s.origin(kek) == made { // one that it does not hold is the token's to refuse
+	if kek == "" || kek != current && kek != next || s.origin(kek) == made { // one that it does not hold is the token's to refuse
 		return nil
 	}
-	for _, other := range []string{i.KEK, i.NextKEK} {
+	for _, other := range []string{current, next} {
 		if other != "" && other != kek && s.origin(other) == made {
 			return hsm.Errorf(hsm.ClassDenied, op, "domain key %q was brought in from outside a token, and this one holds %q, which a token made: finish the rotation", kek, other)
 		}

@@ -12,18 +12,14 @@ import (
 // would have the keys of both. A token without a domain key belongs to nobody yet, and one whose domain key does not name its
 // group takes the caller's word.
 
-// groupOf is the group that the token belongs to, or empty.
-func groupOf(i hsm.Info) string {
-	return cmp.Or(hsm.DomainGroup(i.KEK), hsm.DomainGroup(i.NextKEK))
-}
-
 // own refuses what is meant for another group than the token's, and records that somebody tried.
 func (s *Server) own(by identity.Principal, op, object string, t Token, group string) error {
-	mine := groupOf(t.Info())
+	current, next := t.Domains()
+	mine := cmp.Or(hsm.DomainGroup(current), hsm.DomainGroup(next)) // empty: nobody's
 	if mine == "" || mine == group {
 		return nil
 	}
 	err := hsm.Errorf(hsm.ClassDenied, op, "this token belongs to group %q, by its domain key %q, and this is for group %q: a token is in one group; initialise it before it joins another",
-		mine, cmp.Or(t.Info().KEK, t.Info().NextKEK), group)
+		mine, cmp.Or(current, next), group)
 	return s.refused(by, op, object, err)
 }

@@ -120,7 +120,8 @@ func (s *Server) export(ctx context.Context, by identity.Principal, req exportRe
 	if err := s.sound(op, t, req.KEK); err != nil {
 		return hsm.Blob{}, err
 	}
-	return managed(ctx, s, by, act{op: op, object: string(req.Key), detail: "kek=" + cmp.Or(req.KEK, t.Info().KEK)}, func() (hsm.Blob, error) { return t.Export(req.Key, req.KEK) })
+	current, _ := t.Domains()
+	return managed(ctx, s, by, act{op: op, object: string(req.Key), detail: "kek=" + cmp.Or(req.KEK, current)}, func() (hsm.Blob, error) { return t.Export(req.Key, req.KEK) })
 }
 
 func (s *Server) importKey(ctx context.Context, by identity.Principal, b hsm.Blob) (hsm.KeyRecord, error) {

@@ -11,6 +11,8 @@ type Token interface {
 	// Info fills in serial, label, model, domain key and number of keys. It and Key answer from memory at once.
 	Info() hsm.Info
 	Key(hsm.KeyID) (hsm.KeyRecord, error)
+	// Domains names the current and the next domain key. Info does so too, and digests every key for it.
+	Domains() (current, next string)
 	// Probe is the token-local key for the server's test signatures.
 	Probe() hsm.KeyRecord
 	Inventory() ([]hsm.KeyRecord, error)

@@ -251,6 +251,13 @@ func (t *Token) Info() hsm.Info {
 	return out
 }
 
+// Domains names the current domain key and the next one, empty where there is none, without asking the module.
+func (t *Token) Domains() (current, next string) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.current, t.next
+}
+
 // Probe is the token-local key that the agent signs its test values with.
 func (t *Token) Probe() hsm.KeyRecord { return t.probe }
 
