@@ -21,6 +21,7 @@ const (
 	CodeStaleIncarnation = "STALE_INCARNATION" // ClassSession
 	CodeEpoch            = "EPOCH"             // ClassDenied: the member is at another site epoch, or another site writes
 	CodeDestroyed        = "DESTROYED"         // ClassDenied: a key of that id was destroyed here
+	CodeRetired          = "RETIRED"           // ClassDenied: people have had the key retired
 	CodeLocked           = "LOCKED"            // ClassPIN: an operator must activate the token
 	CodeApproval         = "APPROVAL"          // ClassDenied: the act needs the approval of more people
 )
@@ -32,6 +33,17 @@ type DestroyRequest struct {
 	Key   KeyID  `json:"key"`
 	SPKI  []byte `json:"spki"`
 	Grant []byte `json:"grant"`
+}
+
+// RetireRequest has a member remember that a key signs no more. Grant is an identity.Grant, JSON: action key-retire, object
+// {group}/{key}, detail spki = hex SHA-256 of SPKI, label and purpose as here.
+type RetireRequest struct {
+	Group   string  `json:"group"`
+	Key     KeyID   `json:"key"`
+	Label   string  `json:"label"`
+	Purpose Purpose `json:"purpose"`
+	SPKI    []byte  `json:"spki"`
+	Grant   []byte  `json:"grant"`
 }
 
 // DomainRequest asks a member to wrap its domain key. KEK names it; empty is the current one. Recipient is what

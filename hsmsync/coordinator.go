@@ -79,7 +79,7 @@ type Coordinator struct {
 	agents  map[place]Agent
 	checked map[string]checked // by member; see Reconcile
 	told    map[string]string  // by member; see forget
-	buried  map[string]string  // by member; see bury
+	minded  map[string]string  // by member; see remind
 }
 
 // place is where a member of that name answers.
@@ -108,7 +108,7 @@ func NewCoordinator(cfg CoordinatorConfig) (*Coordinator, error) {
 	}
 	c := &Coordinator{
 		cfg: cfg, role: string(p.Role), actor: p.String(), log: cfg.Log.With("group", cfg.Group),
-		reader: newReader(cfg.Chain, cfg.Group), agents: map[place]Agent{}, checked: map[string]checked{}, told: map[string]string{}, buried: map[string]string{},
+		reader: newReader(cfg.Chain, cfg.Group), agents: map[place]Agent{}, checked: map[string]checked{}, told: map[string]string{}, minded: map[string]string{},
 	}
 	var err error
 	c.stats, err = newStats(cfg.Group, cfg.Metrics)

@@ -297,6 +297,10 @@ func (a *answering) Import(ctx context.Context, b hsm.Blob) (hsm.KeyRecord, erro
 func (a *answering) Destroy(ctx context.Context, r hsm.DestroyRequest) error {
 	return a.to().Destroy(ctx, r)
 }
+func (a *answering) Retire(ctx context.Context, r hsm.RetireRequest) error {
+	return a.to().Retire(ctx, r)
+}
+
 func (a *answering) Bury(ctx context.Context, r hsm.DestroyRequest) error { return a.to().Bury(ctx, r) }
 func (a *answering) TransportKey(ctx context.Context) ([]byte, error) {
 	return a.to().TransportKey(ctx)

@@ -219,7 +219,7 @@ func (c *Coordinator) ready(ctx context.Context, s *State, gm GroupMember, a adm
 		return m, nil, m.err
 	}
 	sources = serving(slices.Delete(slices.Clone(all), i, i+1), s.Domain)
-	c.bury(ctx, s, m)
+	c.remind(ctx, s, m)
 	fresh := m.info.KEK == ""
 	if m, err = c.level(ctx, s, m, sources, a.grants); err != nil {
 		return m, nil, err

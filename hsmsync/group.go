@@ -51,6 +51,8 @@ type Agent interface {
 	Destroy(ctx context.Context, req hsm.DestroyRequest) error
 	// Bury has a member remember that a key was destroyed; the approval may have expired.
 	Bury(ctx context.Context, req hsm.DestroyRequest) error
+	// Retire has a member remember that a key signs no more; the approval may have expired.
+	Retire(ctx context.Context, req hsm.RetireRequest) error
 	TransportKey(ctx context.Context) ([]byte, error)
 	GenerateDomain(ctx context.Context, kek string) error
 	ExportDomain(ctx context.Context, req hsm.DomainRequest) (wrapped []byte, kek string, err error)

@@ -2,6 +2,7 @@ package hsmsync_test
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"time"
 
@@ -451,6 +452,35 @@ func TestAgentsAreToldWhichKeysWereDestroyed(t *testing.T) {
 		if n := d.at["a"].count("bury"); n != 2 {
 			t.Errorf("after a restart told %d times", n)
 		}
+	})
+}
+
+func TestAgentsAreToldWhichKeysWereRetired(t *testing.T) {
+	atDesk(t, func(t *testing.T, d *desk) {
+		ctx := t.Context()
+		k := d.must("x", "y")[0]
+		d.at["b"].with("*", dead)
+		good(t, d.retire(k.ID, ""))
+		told := func(name string, want ...hsm.KeyID) {
+			t.Helper()
+			if got := d.at[name].retired; !slices.Equal(got, want) {
+				t.Errorf("%s was told of %v, want %v", name, got, want)
+			}
+		}
+		told("a", k.ID) // at once
+		told("b")
+		d.at["b"].with("*", nil)
+		time.Sleep(48 * time.Hour) // the approval has expired
+		good(t, d.c.Enroll(ctx, d.newcomer("d")))
+		for range 3 {
+			d.reconcile()
+		}
+		told("a", k.ID)
+		told("b", k.ID)
+		told("d", k.ID)
+		d.at["a"].restart()
+		d.reconcile()
+		told("a", k.ID, k.ID)
 	})
 }
 

@@ -57,7 +57,7 @@ func (c *Coordinator) Reconcile(ctx context.Context) (Report, error) {
 			continue
 		}
 		c.forget(ctx, s, *m)
-		c.bury(ctx, s, *m)
+		c.remind(ctx, s, *m)
 		if m.State != MemberJoining {
 			r.Findings = append(r.Findings, c.align(ctx, s, m, all)...)
 			seen, inspected := c.inspectKeys(ctx, s, m, all, want, &r)

@@ -301,6 +301,9 @@ func (u *understudy) Destroy(_ context.Context, req hsm.DestroyRequest) error {
 // Bury implements Agent.
 func (u *understudy) Bury(context.Context, hsm.DestroyRequest) error { return nil }
 
+// Retire implements Agent.
+func (u *understudy) Retire(context.Context, hsm.RetireRequest) error { return nil }
+
 // GenerateDomain implements Agent.
 func (u *understudy) GenerateDomain(_ context.Context, kek string) error {
 	u.note("generate-domain", kek, func(i *hsm.Info) { take(i, kek) })

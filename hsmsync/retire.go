@@ -12,11 +12,12 @@ import (
 	"trivet/hsm"
 )
 
-// RetireKey ends a live key's work for good, which takes the approval of people: nobody signs with it any more. Its copies stay
-// until it is destroyed. A pending key is abandoned instead, and needs none.
+// RetireKey ends a live key's work for good, which takes the approval of people: nobody signs with it any more, and the members
+// are told, who check the approval and refuse the key from then on; those that do not answer learn it by Reconcile. Its copies
+// stay until it is destroyed. A pending key is abandoned instead, and needs none.
 func (c *Coordinator) RetireKey(ctx context.Context, id hsm.KeyID, why string, grant ...[]byte) error {
 	want := StateRetired
-	_, err := c.decide(ctx, func(s *State) (*Entry, error) {
+	s, err := c.decide(ctx, func(s *State) (*Entry, error) {
 		k, ok := s.Key(id)
 		switch {
 		case !ok:
@@ -40,6 +41,10 @@ func (c *Coordinator) RetireKey(ctx context.Context, id hsm.KeyID, why string, g
 	}
 	if err != nil {
 		return fmt.Errorf("retiring key %s of group %s: %w", id, c.cfg.Group, err)
+	}
+	if want == StateRetired {
+		all := c.survey(ctx, s.Members())
+		together(len(all), func(i int) { c.remind(ctx, s, all[i]) })
 	}
 	return nil
 }
@@ -187,18 +192,25 @@ func (c *Coordinator) publicHalf(ctx context.Context, s *State, k ManifestKey) (
 	return spki, nil
 }
 
-// bury tells a member which keys were destroyed, with the approvals that the log has kept, once for each of its incarnations: a
-// new agent has never known, and one whose disk and token were put back together has forgotten.
-func (c *Coordinator) bury(ctx context.Context, s *State, m standing) {
-	gone := slices.DeleteFunc(s.In(StateDestroyed), func(k ManifestKey) bool { return len(k.SPKI) == 0 || len(k.Note.Request) == 0 })
-	what := fmt.Sprint(m.info.Incarnation, " ", len(gone))
+// remind tells a member which keys were retired and destroyed, with the approvals that the log has kept, once for each of its
+// incarnations and whenever there are more: a new agent has never known, and one whose disk and token were put back together has
+// forgotten. The member checks the approvals, and refuses such keys whatever the log says later.
+func (c *Coordinator) remind(ctx context.Context, s *State, m standing) {
+	over := slices.DeleteFunc(s.In(StateRetired, StateDestroyed), func(k ManifestKey) bool { return len(k.SPKI) == 0 || len(k.Note.Request) == 0 })
+	gone := 0
+	for _, k := range over {
+		if k.State == StateDestroyed {
+			gone++
+		}
+	}
+	what := fmt.Sprint(m.info.Incarnation, " ", len(over), " ", gone)
 	c.mu.Lock()
-	told := c.buried[m.Name] == what
+	told := c.minded[m.Name] == what
 	c.mu.Unlock()
-	if m.err != nil || len(gone) == 0 || told {
+	if m.err != nil || len(over) == 0 || told {
 		return
 	}
-	for _, k := range gone {
+	for _, k := range over {
 		g, ok := k.Note.evidence()
 		if !ok {
 			continue
@@ -206,15 +218,18 @@ func (c *Coordinator) bury(ctx context.Context, s *State, m standing) {
 		grant, err := json.Marshal(g)
 		if err == nil {
 			err = c.call(ctx, stepTimeout, func(ctx context.Context) error {
-				return m.agent.Bury(ctx, hsm.DestroyRequest{Group: c.cfg.Group, Key: k.ID, SPKI: k.SPKI, Grant: grant})
+				if k.State == StateDestroyed {
+					return m.agent.Bury(ctx, hsm.DestroyRequest{Group: c.cfg.Group, Key: k.ID, SPKI: k.SPKI, Grant: grant})
+				}
+				return m.agent.Retire(ctx, hsm.RetireRequest{Group: c.cfg.Group, Key: k.ID, Label: k.Label, Purpose: k.Purpose, SPKI: k.SPKI, Grant: grant})
 			})
 		}
 		if err != nil {
-			c.log.Warn("a member does not take in that a key was destroyed; it is told again", "member", m.Name, "key", k.ID, "error", err)
+			c.log.Warn("a member does not take in that a key is over; it is told again", "member", m.Name, "key", k.ID, "state", k.State, "error", err)
 			return
 		}
 	}
 	c.mu.Lock()
-	c.buried[m.Name] = what
+	c.minded[m.Name] = what
 	c.mu.Unlock()
 }

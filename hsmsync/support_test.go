@@ -40,6 +40,7 @@ type software struct {
 	destroyed    map[hsm.KeyID]bool
 	forgotten    []string // transport keys
 	buried       []hsm.KeyID
+	retired      []hsm.KeyID
 	calls        map[string]int // by operation
 	digests      int            // signed
 	fault        map[string]fault
@@ -381,6 +382,10 @@ func (s *software) Rotate(ctx context.Context, kek string) error {
 		}
 		return nil
 	})
+}
+
+func (s *software) Retire(ctx context.Context, r hsm.RetireRequest) error {
+	return s.do(ctx, "retire", func() error { s.retired = append(s.retired, r.Key); return nil })
 }
 
 func (s *software) Bury(ctx context.Context, r hsm.DestroyRequest) error {

@@ -133,6 +133,12 @@ func (c *Client) Bury(ctx context.Context, req hsm.DestroyRequest) error {
 	return c.do(ctx, "bury", http.MethodPost, "/v1/bury", req, &none{})
 }
 
+// Retire has the member remember that a key signs no more, as two people once approved, though the approval may have expired.
+// The member's copy stays.
+func (c *Client) Retire(ctx context.Context, req hsm.RetireRequest) error {
+	return c.do(ctx, "retire", http.MethodPost, "/v1/retire", req, &none{})
+}
+
 // TransportKey returns the member's transport key with its agent's signature: opaque octets, to be handed to
 // ExportDomain of another member; TransportFingerprint opens them.
 func (c *Client) TransportKey(ctx context.Context) (transport []byte, err error) {

@@ -163,6 +163,12 @@ func destroying(r hsm.DestroyRequest) deed {
 		facts: map[string]string{"spki": hsm.Fingerprint(r.SPKI)}, must: []string{"spki"}}
 }
 
+func retiring(r hsm.RetireRequest) deed {
+	return deed{op: "retire", actions: []string{"key-retire"}, object: r.Group + "/" + string(r.Key), facts: map[string]string{
+		"spki": hsm.Fingerprint(r.SPKI), "label": r.Label, "purpose": string(r.Purpose),
+	}, must: []string{"spki", "label", "purpose"}}
+}
+
 func backingUp(r hsm.BackupRequest) deed {
 	return deed{op: "backup", actions: []string{"hsm-backup"}, object: r.Group,
 		facts: map[string]string{"recipient": hsm.Fingerprint(r.Recipient)}, must: []string{"recipient"}}

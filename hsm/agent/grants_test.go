@@ -330,3 +330,68 @@ func TestADestructionIsRememberedByAnApprovalThatHasExpired(t *testing.T) {
 		t.Errorf("audit record: %q", got)
 	}
 }
+
+// A retired key signs and proves nothing, whatever whoever carries requests makes of the group's log; its copy can still be had.
+func TestARetiredKeyIsRefusedAsPeopleApproved(t *testing.T) {
+	w := open(t)
+	later := func(c *agent.Config) { c.Now = func() time.Time { return time.Now().Add(48 * time.Hour) } }
+	s := serve(t, w.token, later)
+	c := s.client(identity.RoleSync)
+	k, other := newKey(t, w, hsm.PurposeAudit), newKey(t, w, hsm.PurposeAudit)
+	detail := map[string]string{"spki": sha(k.SPKI), "label": k.Label, "purpose": string(k.Purpose)}
+	grant := w.grant(t, "key-retire", "demo/"+string(k.ID), detail)
+	one := approve(t, w.propose(t, "key-retire", "demo/"+string(k.ID), detail), w.person(t, identity.RoleAdmin, "admin1"))
+	partly := w.grant(t, "key-retire", "demo/"+string(k.ID), map[string]string{"spki": sha(k.SPKI)})
+	used := func(k hsm.KeyRecord) []error {
+		var err [2]error
+		_, err[0] = s.client(identity.RoleCA).Sign(soon(t), request(k.ID, hsmtest.Digests(1)))
+		_, _, err[1] = c.Challenge(soon(t), "demo", k.ID, make([]byte, 32))
+		return err[:]
+	}
+	req := hsm.RetireRequest{Group: "demo", Key: k.ID, Label: k.Label, Purpose: k.Purpose, SPKI: k.SPKI, Grant: grant}
+	with := func(change func(*hsm.RetireRequest)) hsm.RetireRequest { r := req; change(&r); return r }
+	for name, bad := range map[string]hsm.RetireRequest{
+		"nobody": with(func(r *hsm.RetireRequest) { r.Grant = nil }), "one person": with(func(r *hsm.RetireRequest) { r.Grant = one }),
+		"without its label": with(func(r *hsm.RetireRequest) { r.Grant = partly }), "another key": with(func(r *hsm.RetireRequest) { r.Key, r.SPKI = other.ID, other.SPKI }),
+		"another group": with(func(r *hsm.RetireRequest) { r.Group = "demo2" }), "another public key": with(func(r *hsm.RetireRequest) { r.SPKI = other.SPKI }),
+		"another purpose": with(func(r *hsm.RetireRequest) { r.Purpose = hsm.PurposeCA }),
+		"to destroy it":   with(func(r *hsm.RetireRequest) { r.Grant = w.grant(t, "key-destroy", "demo/"+string(k.ID), detail) }),
+	} {
+		if err := c.Retire(soon(t), bad); err == nil {
+			t.Errorf("%s: retired", name)
+		}
+	}
+	if err := s.client(identity.RoleCA).Retire(soon(t), req); hsm.ClassOf(err) != hsm.ClassDenied {
+		t.Errorf("by who may not manage keys: %v", err)
+	}
+	if err := errors.Join(append(used(k), used(other)...)...); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := c.Retire(soon(t), req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := s.state
+	for range 2 { // and after a restart
+		for _, err := range used(k) {
+			wantCode(t, err, hsm.ClassDenied, hsm.CodeRetired)
+		}
+		if err := errors.Join(used(other)...); err != nil {
+			t.Error(err)
+		}
+		b, err := c.Export(soon(t), k.ID, "")
+		if err == nil {
+			_, err = c.Import(soon(t), b)
+		}
+		if err != nil {
+			t.Errorf("its copy: %v", err)
+		}
+		state, err := agent.OpenState(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s = serve(t, w.token, func(cfg *agent.Config) { later(cfg); cfg.State = state })
+		c = s.client(identity.RoleSync)
+	}
+}

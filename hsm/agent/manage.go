@@ -275,3 +275,38 @@ func (s *Server) bury(_ context.Context, by identity.Principal, req hsm.DestroyR
 	}
 	return none{}, s.audit(Act{by.String(), op, string(req.Key), "ok", "spki=" + hsm.Fingerprint(req.SPKI) + " " + a.String()})
 }
+
+// retire remembers that people have had a key retired, as the group's log has it: from then on it signs and proves nothing here,
+// whoever asks and whatever the log says later. Its copy stays, for backups and new members. The approval may have expired, as
+// in bury.
+func (s *Server) retire(_ context.Context, by identity.Principal, req hsm.RetireRequest) (none, error) {
+	const op = "retire"
+	if _, err := req.Key.Bytes(); err != nil {
+		return none{}, hsm.Errorf(hsm.ClassRequest, op, "%w", err)
+	}
+	if err := checkGroup(op, req.Group); err != nil {
+		return none{}, err
+	}
+	if s.cfg.State.retired(op, req.Key) != nil {
+		return none{}, nil
+	}
+	t, err := s.token(op)
+	if err != nil {
+		return none{}, err
+	}
+	if err := s.own(by, op, string(req.Key), t, req.Group); err != nil {
+		return none{}, err
+	}
+	if k, err := t.Key(req.Key); err == nil && (!bytes.Equal(k.SPKI, req.SPKI) || k.Label != req.Label || k.Purpose != req.Purpose) {
+		return none{}, hsm.Errorf(hsm.ClassRequest, op, "key %s is %s:%s here, with public key %s, not %s:%s with %s", req.Key, k.Purpose, k.Label, hsm.Fingerprint(k.SPKI), req.Purpose, req.Label, hsm.Fingerprint(req.SPKI))
+	}
+	d := retiring(req)
+	a, err := s.approvedOnce(req.Grant, d)
+	if err != nil {
+		return none{}, s.refused(by, op, d.object, err)
+	}
+	if err := s.fenced(op, func(f *facts) { put(&f.Retired, req.Key, s.cfg.Now().UTC().Truncate(time.Second)) }); err != nil {
+		return none{}, err
+	}
+	return none{}, s.audit(Act{by.String(), op, string(req.Key), "ok", "spki=" + hsm.Fingerprint(req.SPKI) + " " + a.String()})
+}

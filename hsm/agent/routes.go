@@ -34,6 +34,7 @@ func (s *Server) routes() http.Handler {
 	mux.Handle("POST /v1/adopt", handle(s, route{"adopt", mayManage, maxWithKey, true}, s.adopt))
 	mux.Handle("POST /v1/destroy", handle(s, route{"destroy", mayManage, maxWithKey, true}, s.destroy))
 	mux.Handle("POST /v1/bury", handle(s, route{"bury", mayManage, maxWithKey, true}, s.bury))
+	mux.Handle("POST /v1/retire", handle(s, route{"retire", mayManage, maxWithKey, true}, s.retire))
 	mux.Handle("POST /v1/domain", handle(s, route{"domain-generate", mayManage, fixed, true}, s.domainGenerate))
 	mux.Handle("POST /v1/domain/export", handle(s, route{"domain-export", mayManage, maxWithRoute, true}, s.domainExport))
 	mux.Handle("POST /v1/domain/import", handle(s, route{"domain-import", mayManage, maxDomain, true}, s.domainImport))

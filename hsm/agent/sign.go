@@ -24,7 +24,10 @@ func (s *Server) usable(op string, by identity.Principal, id hsm.KeyID, may func
 	if !may(string(by.Role), k.Purpose) {
 		return nil, k, hsm.Errorf(hsm.ClassDenied, op, "role %s may not %s with keys of purpose %s", by.Role, op, k.Purpose)
 	}
-	return t, k, s.cfg.State.destroyed(op, id)
+	if err := s.cfg.State.destroyed(op, id); err != nil {
+		return t, k, err
+	}
+	return t, k, s.cfg.State.retired(op, id)
 }
 
 func (s *Server) sign(ctx context.Context, by identity.Principal, req hsm.SignRequest) (signResponse, error) {

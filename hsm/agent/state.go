@@ -34,6 +34,8 @@ type facts struct {
 	Epoch uint64 `json:"epoch,omitempty"`
 	// Destroyed says when a key was destroyed. Its id is taken in never again.
 	Destroyed map[hsm.KeyID]time.Time `json:"destroyed,omitempty"`
+	// Retired says when this agent learnt that a key signs no more, whatever the group's log says of it later.
+	Retired map[hsm.KeyID]time.Time `json:"retired,omitempty"`
 	// Transports names the member behind each transport key, by fingerprint, that a domain key may go to unasked.
 	Transports map[string]string `json:"transports,omitempty"`
 	// Guarded says that the domain came from a member that had keys already: from then on nobody new gets it unapproved.
@@ -203,6 +205,17 @@ func (s *State) destroyed(op string, id hsm.KeyID) (err error) {
 		if at, ok := f.Destroyed[id]; ok {
 			err = &hsm.Error{Class: hsm.ClassDenied, Code: hsm.CodeDestroyed, Op: op,
 				Err: fmt.Errorf("key %s was destroyed here at %s: its id is used never again", id, at.Format(time.RFC3339))}
+		}
+	})
+	return err
+}
+
+// retired tells whether people have had a key retired, and refuses its use.
+func (s *State) retired(op string, id hsm.KeyID) (err error) {
+	s.read(func(f facts) {
+		if at, ok := f.Retired[id]; ok {
+			err = &hsm.Error{Class: hsm.ClassDenied, Code: hsm.CodeRetired, Op: op,
+				Err: fmt.Errorf("key %s was retired, as this member learnt at %s: it signs no more. Where the group's log calls it live the database has lost the entry: retire it again", id, at.Format(time.RFC3339))}
 		}
 	})
 	return err
