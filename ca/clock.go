@@ -111,6 +111,10 @@ func (c *clockGuard) err() error {
 	return nil
 }
 
+// Clock returns nil while this node's clock may be believed, else what clients are told. Whether somebody's certificate is valid is nothing to be told by
+// a clock that is off.
+func (e *Engine) Clock() error { return e.clockError() }
+
 // clockError is what clients are told while the clock is off; nil while it is not.
 func (e *Engine) clockError() error {
 	if err := e.clock.err(); err != nil {

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"trivet/ca"
+	"trivet/ca/api"
 	"trivet/identity"
 )
 
@@ -74,6 +76,40 @@ func TestConveyedIdentity(t *testing.T) {
 	waitExpired(t, expired)
 	if a := s.call(t, s.public, lb, "GET", "/v1/cas", "", "Client-Cert", conveyed(expired)); a.status != http.StatusUnauthorized {
 		t.Errorf("an expired certificate: %d", a.status)
+	}
+}
+
+// A node whose clock is off cannot tell whether a certificate is valid: it says that, so that another node is asked, and not that the client has none.
+func TestANodeWhoseClockIsOffRefusesNobodysCertificate(t *testing.T) {
+	var off time.Duration
+	s := newSite(t, func(c *api.Config) {
+		c.Now = func() time.Time { return time.Now().Add(off) }
+		c.Clock = func() error {
+			if off == 0 {
+				return nil
+			}
+			return &ca.Error{Name: ca.Halted, Detail: "signing is stopped: this node's clock is wrong", RetryAfter: time.Second}
+		}
+	})
+	foreign := must(identity.CreateAuthority(t.TempDir()+"/infra", "test"))
+	outsider := conveyed(must(identity.Load(must(foreign.IssueTo(t.TempDir(), alice, nil, nil, time.Hour)))))
+	good := conveyed(s.identity(t, alice))
+	for _, c := range []struct {
+		off    time.Duration
+		cert   string
+		status int
+		want   string
+	}{{0, good, 200, ""}, {0, outsider, 401, "unauthenticated"}, {-24 * time.Hour, good, 503, "halted"}, {24 * time.Hour, good, 503, "halted"}} {
+		off = c.off
+		a := s.call(t, s.public, lb, "GET", "/v1/cas", "", "Client-Cert", c.cert)
+		if a.status != c.status {
+			t.Errorf("%s off: %d %s", c.off, a.status, a.body)
+		}
+		if c.want != "" {
+			if got, _ := a.problem(t); got != c.want {
+				t.Errorf("%s off: %s", c.off, a.body)
+			}
+		}
 	}
 }
 

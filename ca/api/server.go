@@ -80,8 +80,9 @@ type Config struct {
 	RevokeTimeout time.Duration // for one revocation, the barrier of up to 5.5s included; default 8s
 	ReadTimeout   time.Duration // for any other request; default 5s
 
-	Now func() time.Time // default time.Now
-	Log *slog.Logger     // default slog.Default
+	Now   func() time.Time // default time.Now
+	Clock func() error     // why Now is not to be believed, as an *ca.Error; nil: it always is
+	Log   *slog.Logger     // default slog.Default
 }
 
 type server struct {
@@ -102,6 +103,9 @@ func New(cfg Config, on Listener) (http.Handler, error) {
 	setDefault(&cfg.IssueTimeout, 10*time.Second)
 	setDefault(&cfg.RevokeTimeout, 8*time.Second)
 	setDefault(&cfg.ReadTimeout, 5*time.Second)
+	if cfg.Clock == nil {
+		cfg.Clock = func() error { return nil }
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
