@@ -20,7 +20,7 @@ needs=(
   "/usr/lib/softhsm/libsofthsm2.so:softhsm2"
 )
 if [ "$want" = test ]; then
-  needs+=("haproxy:haproxy" "wrk:wrk" "git:git" "spin:spin" "ss:iproute2" "/usr/lib/$(uname -m)-linux-gnu/libsoftokn3.so:libnss3")
+  needs+=("haproxy:haproxy" "wrk:wrk" "git:git" "spin:spin" "strace:strace" "ss:iproute2" "/usr/lib/$(uname -m)-linux-gnu/libsoftokn3.so:libnss3")
 fi
 
 have() {
