@@ -18,6 +18,9 @@ type about struct {
 	Number uint64 `json:"number"`
 	Event  string `json:"event"` // of audit
 	Object string `json:"object"`
+	Owner  string `json:"owner"` // of promise; Object is then the incarnation, empty where copies are not required
+
+	held *held // of held
 }
 
 func (a *about) id() string { return a.Issuer + ":" + a.Serial }
@@ -33,6 +36,20 @@ func (r Record) about() (about, error) {
 		var p Audit
 		if json.Unmarshal(r.Payload, &p) == nil {
 			a.Event, a.Object = p.Event, p.Object
+		}
+	case KindHeld:
+		var err error
+		if a.held, err = readHeld(r.Payload); err != nil {
+			return a, err
+		}
+	case KindPromise:
+		var p Promise
+		if err := json.Unmarshal(r.Payload, &p); err != nil {
+			return a, fmt.Errorf("decoding a %s record: %w", r.Kind, err)
+		}
+		a.Owner = p.Owner
+		if p.CopyRequired {
+			a.Object = p.Incarnation
 		}
 	case KindIntent, KindSign, KindDone, KindVoid, KindCRL:
 		var p struct {
@@ -182,6 +199,10 @@ func aboutOf(payload any) *about {
 		return &about{Issuer: p.Issuer, Serial: p.Serial}
 	case CRL:
 		return &about{Issuer: p.Issuer, Number: p.Number}
+	case Held:
+		if h, err := heldOf(&p); err == nil {
+			return &about{held: h}
+		}
 	case Audit:
 		return &about{Event: p.Event, Object: p.Object}
 	case Done:

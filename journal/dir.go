@@ -23,8 +23,9 @@ func (d *Dir) Select(q Query, fn func(Entry) error) error { return d.cat.walk(&q
 
 // Report is what Verify found.
 type Report struct {
-	Segments  int       `json:"segments"`  // that were read
-	Elsewhere int       `json:"elsewhere"` // that are in the archive alone and were not read
+	Segments  int       `json:"segments"`          // that were read
+	Elsewhere int       `json:"elsewhere"`         // that are in the archive alone and were not read
+	Dropped   int       `json:"dropped,omitempty"` // that were removed because nobody needed them any more
 	Records   uint64    `json:"records"`
 	Bytes     int64     `json:"bytes"` // unpacked
 	First     time.Time `json:"first,omitzero"`
@@ -48,8 +49,12 @@ func (d *Dir) Verify() (Report, error) {
 		if err := d.cat.know(s); err != nil {
 			r.Damage = append(r.Damage, Damage{File: filepath.Join(d.cat.dir, fileName(s.number, indexSuffix)), Error: err.Error()})
 		}
-		if s.seal != nil && !s.here() && d.cat.archive == "" {
-			r.Elsewhere++
+		if s.seal != nil && !s.here() && (d.cat.archive == "" || s.gone()) {
+			if s.gone() {
+				r.Dropped++
+			} else {
+				r.Elsewhere++
+			}
 			cur.jump(s.seal)
 			continue
 		}

@@ -3,6 +3,7 @@
 package journal
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -46,7 +47,10 @@ type Config struct {
 	Plain       bool             // sealed segments are not compressed
 	Reserve     int64            // bytes of disk kept free for finishing what was begun; default 16 MiB, negative: none
 	Archive     Archive          // where sealed segments are copied to
-	Log         *slog.Logger     // default slog.Default()
+	// Drop says of a sealed segment that no record in it is needed any more: the segment is removed, and its index alone stays. With an archive that
+	// happens only once it is there. Default: nothing is dropped.
+	Drop func(ctx context.Context, s Seal) bool
+	Log  *slog.Logger // default slog.Default()
 
 	Metrics prometheus.Registerer // may be nil
 

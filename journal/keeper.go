@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -97,12 +98,14 @@ func (k *keeper) round() error {
 			errs = append(errs, err)
 			continue
 		}
-		if !archive {
-			continue
+		if archive {
+			if err := k.store(&s); err != nil {
+				errs = append(errs, err)
+				archive = false
+			}
 		}
-		if err := k.store(&s); err != nil {
+		if err := k.drop(&s); err != nil {
 			errs = append(errs, err)
-			archive = false
 		}
 	}
 	return errors.Join(errs...)
@@ -128,7 +131,7 @@ func (k *keeper) know(s *segment) error {
 // due tells whether there may be something to do for a segment, without reading its seal.
 func (k *keeper) due(s *segment) bool {
 	a := &k.j.cfg.Archive
-	return !s.bare && (!s.indexed || s.plain && !k.j.cfg.Plain || a.on() && (!s.archived || a.Keep > 0 && s.here()))
+	return !s.bare && (k.j.cfg.Drop != nil && s.here() || !s.indexed || s.plain && !k.j.cfg.Plain || a.on() && (!s.archived || a.Keep > 0 && s.here()))
 }
 
 // prepare makes index and compressed file.
@@ -186,6 +189,28 @@ func (k *keeper) store(s *segment) error {
 		k.step("dropped")
 		k.j.cat.update(s.number, func(s *segment) { s.plain, s.packed, s.bytes = false, false, 0 })
 	}
+	return nil
+}
+
+// drop removes a segment of which no record is needed any more.
+func (k *keeper) drop(s *segment) error {
+	*s = k.j.cat.all()[s.number-1] // what was done before may have changed it
+	if k.j.cfg.Drop == nil || !s.here() || !s.indexed || k.j.cfg.Archive.on() && !s.archived || !s.dropped && !k.j.cfg.Drop(k.ctx, s.seal.Seal) {
+		return nil
+	}
+	if !s.dropped {
+		text := fmt.Appendf(nil, `{"time": %q}`+"\n", k.j.cfg.Now().UTC().Format(time.RFC3339))
+		if err := replaceFile(filepath.Join(k.dir(), fileName(s.number, droppedSuffix)), func(f *os.File) error { _, err := f.Write(text); return err }); err != nil {
+			return err
+		}
+		k.j.cat.update(s.number, func(s *segment) { s.dropped = true })
+	}
+	k.step("drop")
+	if err := errors.Join(removeFile(filepath.Join(k.dir(), segmentName(s.number))), removeFile(filepath.Join(k.dir(), fileName(s.number, packedSuffix)))); err != nil {
+		return err
+	}
+	k.step("dropped")
+	k.j.cat.update(s.number, func(s *segment) { s.plain, s.packed, s.bytes = false, false, 0 })
 	return nil
 }
 

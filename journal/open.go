@@ -132,6 +132,9 @@ func (j *Journal) checkpoint(c *cursor) (tail []segment, err error) {
 	if err == nil {
 		err = j.fold.resume(&s.seal.Seal, carried)
 	}
+	if err == nil && s.seal.Streams == nil {
+		err = j.count(s.number)
+	}
 	c.jump(s.seal)
 	return segments[newest+1:], err
 }

@@ -21,6 +21,8 @@ const (
 	KindAudit  Kind = 8 // Audit: an act that is none of the above
 	KindHeld   Kind = 9 // Held: a done record of another node, kept for it
 
+	KindPromise Kind = 10 // Promise: what another node promises to whoever keeps its copies
+
 	KindSeal    Kind = 32 // Seal: the last record of a segment
 	KindCarry   Kind = 33 // Carry: intents that are open at the end of a segment
 	KindSettled Kind = 34 // Settled: nothing of earlier incarnations is open any more
@@ -53,6 +55,8 @@ func (k Kind) String() string {
 		return "settled"
 	case KindHeld:
 		return "held"
+	case KindPromise:
+		return "promise"
 	}
 	return fmt.Sprintf("kind(%d)", uint8(k))
 }
@@ -149,6 +153,8 @@ type Round struct {
 	N     uint64 `json:"n"`
 	Ended uint64 `json:"ended"`           // newest round that this node knows to have ended, N at most: the newest in which anything was released
 	Cause string `json:"cause,omitempty"` // set by the node that began the round
+	// CopyRequired says that this node may have told others that it releases nothing without a copy.
+	CopyRequired bool `json:"copy_required,omitempty"`
 }
 
 // Held is a done record of another node's incarnation, kept in case that node and the database both lose it.
@@ -158,6 +164,22 @@ type Held struct {
 	N           uint64          `json:"n"`           // Done.N
 	Chain       []byte          `json:"chain"`       // SHA-256 of the chain before and of Record; the first one's chain before is empty
 	Record      json.RawMessage `json:"record"`      // the owner's payload, byte for byte
+}
+
+// Promise is what a node said when it gave records to be held: whether it releases nothing without a copy.
+type Promise struct {
+	Owner        string `json:"owner"`
+	Incarnation  string `json:"incarnation"` // that said it first, lower-case hex
+	CopyRequired bool   `json:"copy_required"`
+}
+
+// Stream is how far the records of one incarnation are held.
+type Stream struct {
+	Owner       string            `json:"owner"`
+	Incarnation string            `json:"incarnation"`
+	N           uint64            `json:"n"`
+	Chain       []byte            `json:"chain"`
+	Lanes       map[string]uint64 `json:"lanes"` // highest number of each lane that the records name
 }
 
 // Void is an intent of this node that will never be signed.
@@ -217,6 +239,9 @@ type Seal struct {
 	Released []Done            `json:"released,omitempty"`
 	CRLs     map[string]uint64 `json:"crls,omitempty"`
 	Round    json.RawMessage   `json:"round,omitempty"`
+	Streams  []Stream          `json:"streams"`            // of all that was ever held, oldest first; null where it was not counted
+	Promises map[string]string `json:"promises,omitempty"` // by owner: incarnation since which it requires copies
+	Held     map[string]uint64 `json:"held,omitempty"`     // highest number of each lane that held records of this segment name
 }
 
 // Run is the records of one incarnation in a segment.
@@ -254,6 +279,8 @@ func New(payload any) (Record, error) {
 		k = KindRound
 	case Held, *Held:
 		k = KindHeld
+	case Promise, *Promise:
+		k = KindPromise
 	case Audit, *Audit:
 		k = KindAudit
 	case Seal, *Seal:

@@ -138,11 +138,18 @@ func (c *catalog) walk(q *Query, tip *tip, fn func(Entry) error) error {
 		if err := c.know(s); err != nil {
 			return fmt.Errorf("reading journal: %w", err)
 		}
-		if s.seal != nil && (q == nil && !s.here() && c.archive == "" || q != nil && (reached && !s.seal.mayHold(q) || !reached && !s.seal.holds(*q.From))) {
+		if s.seal != nil && (s.gone() || q == nil && !s.here() && c.archive == "" || q != nil && (reached && !s.seal.mayHold(q) || !reached && !s.seal.holds(*q.From))) {
 			cur.jump(s.seal)
 			continue
 		}
-		if err := c.read(s, &cur, tip, visit); err != nil {
+		err := c.read(s, &cur, tip, visit)
+		if errors.Is(err, ErrArchived) && s.seal != nil {
+			if now := c.all()[number-1]; now.dropped && !now.archived { // since it was looked at
+				cur.jump(s.seal)
+				continue
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("reading journal %s: %w", filepath.Join(c.dir, segmentName(number)), err)
 		}
 	}

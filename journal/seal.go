@@ -12,6 +12,7 @@ type tally struct {
 	kinds       map[string]uint64
 	runs        []run
 	lanes       map[string]Range
+	held        map[string]uint64
 	first, last time.Time
 	began       time.Time // time of the first record
 }
@@ -22,7 +23,9 @@ type run struct {
 	until       time.Time
 }
 
-func newTally() *tally { return &tally{kinds: map[string]uint64{}, lanes: map[string]Range{}} }
+func newTally() *tally {
+	return &tally{kinds: map[string]uint64{}, lanes: map[string]Range{}, held: map[string]uint64{}}
+}
 
 // doneKind is how Seal.Kinds names a kind of done.
 func doneKind(kind string) string { return KindDone.String() + " " + kind }
@@ -52,6 +55,9 @@ func (t *tally) add(e Entry, a about) {
 	if e.Kind == KindAudit && a.Event != "" {
 		t.kinds[auditEvent(a.Event)]++
 	}
+	if h := a.held; h != nil && h.lane != "" {
+		t.held[h.lane] = max(t.held[h.lane], h.seq)
+	}
 	if e.Kind != KindDone {
 		return
 	}
@@ -73,6 +79,7 @@ func (j *Journal) seal(now time.Time) ([]Record, error) {
 	s := Seal{
 		Node: j.cfg.Node, Segment: j.number, Prev: j.prev[:], Records: t.records, Kinds: t.kinds, First: t.first.UTC(), Last: t.last.UTC(),
 		Lanes: t.lanes, Released: j.fold.newest(), CRLs: j.fold.crls, Round: j.fold.round,
+		Streams: j.fold.streams.list(), Promises: j.fold.promises, Held: t.held,
 	}
 	if now.Before(s.First) {
 		s.First = now.UTC()

@@ -18,6 +18,7 @@ const (
 	packedSuffix   = ".journal.zst" // the same, compressed; once it is verified the plain file goes
 	indexSuffix    = ".index"       // a copy of its last batch: carry records and seal. Stays for ever
 	archivedSuffix = ".archived"    // it is in the archive: when, and its digest. Stays for ever
+	droppedSuffix  = ".dropped"     // its records were not needed any more: when that was. Stays for ever
 	tmpSuffix      = ".tmp"         // unfinished, of no worth
 )
 
@@ -31,6 +32,7 @@ type segment struct {
 	plain    bool    // the plain file is there
 	packed   bool    // the compressed file is there
 	archived bool    // a copy is in the archive, verified
+	dropped  bool    // its records were not needed any more
 	indexed  bool    // its index is there
 	bare     bool    // it is known to end without a seal
 	bytes    int64   // of what is there, unless it is the one that is written
@@ -39,6 +41,9 @@ type segment struct {
 
 // here tells whether the records can be read from this directory.
 func (s *segment) here() bool { return s.plain || s.packed }
+
+// gone tells whether its records can be read nowhere any more, as it should be.
+func (s *segment) gone() bool { return !s.here() && s.dropped && !s.archived }
 
 // catalog is the segments of one directory.
 type catalog struct {
@@ -95,10 +100,12 @@ func (c *catalog) look() ([]segment, error) {
 			s.packed = true
 		case archivedSuffix:
 			s.archived = true
+		case droppedSuffix:
+			s.dropped = true
 		case indexSuffix:
 			s.indexed = true
 		}
-		if info, err := e.Info(); err == nil && suffix != indexSuffix && suffix != archivedSuffix {
+		if info, err := e.Info(); err == nil && (suffix == plainSuffix || suffix == packedSuffix) {
 			s.bytes += info.Size()
 		}
 	}
@@ -112,7 +119,7 @@ func (c *catalog) line(found map[uint64]*segment, last uint64) ([]segment, error
 		s := found[number]
 		path := filepath.Join(c.dir, segmentName(number))
 		switch {
-		case s == nil, !s.here() && !(s.indexed && s.archived):
+		case s == nil, !s.here() && !(s.indexed && (s.archived || s.dropped)):
 			return nil, fmt.Errorf("%w: segment %s is missing: restore it", ErrCorrupt, path)
 		case !s.indexed && !s.plain:
 			return nil, fmt.Errorf("%w: the index of segment %s is missing: restore it", ErrCorrupt, path)
@@ -124,7 +131,7 @@ func (c *catalog) line(found map[uint64]*segment, last uint64) ([]segment, error
 
 // parseName returns no suffix for a file that is none of a segment's.
 func parseName(name string) (number uint64, suffix string, err error) {
-	for _, suffix := range []string{packedSuffix, plainSuffix, indexSuffix, archivedSuffix} {
+	for _, suffix := range []string{packedSuffix, plainSuffix, indexSuffix, archivedSuffix, droppedSuffix} {
 		base, ok := strings.CutSuffix(name, suffix)
 		if !ok {
 			continue

@@ -20,6 +20,8 @@ type State struct {
 	Released []Done            // the newest done records of certificates, without DER; oldest first, at most KeepReleased
 	CRLs     map[string]uint64 // highest CRL number by issuer
 	Round    json.RawMessage   // payload of the newest round record, or nil
+	Streams  []Stream          // what is held for others, oldest first
+	Promises map[string]string // by owner: incarnation since which it requires copies
 }
 
 // Pending is an intent whose fate is not journalled.
@@ -35,6 +37,8 @@ type fold struct {
 	released []Done
 	crls     map[string]uint64
 	round    json.RawMessage
+	streams  streams
+	promises map[string]string
 }
 
 type openIntent struct {
@@ -44,11 +48,21 @@ type openIntent struct {
 	payload     []byte
 }
 
-func newFold() *fold { return &fold{open: map[string]openIntent{}, crls: map[string]uint64{}} }
+func newFold() *fold {
+	return &fold{open: map[string]openIntent{}, crls: map[string]uint64{}, promises: map[string]string{}, streams: newStreams()}
+}
 
 // add takes e, of which a is known; see about.
 func (f *fold) add(e Entry, a about) {
 	switch e.Kind {
+	case KindHeld:
+		f.streams.add(a.held)
+	case KindPromise:
+		if a.Object != "" {
+			f.promises[a.Owner] = a.Object
+		} else {
+			delete(f.promises, a.Owner)
+		}
 	case KindIntent:
 		f.opened++
 		f.open[a.id()] = openIntent{order: f.opened, incarnation: e.Incarnation, time: e.Time, payload: bytes.Clone(e.Payload)}
@@ -79,7 +93,7 @@ func (f *fold) inOrder() []openIntent {
 }
 
 func (f *fold) state() (State, error) {
-	s := State{Released: slices.Clone(f.newest()), CRLs: maps.Clone(f.crls), Round: f.round}
+	s := State{Released: slices.Clone(f.newest()), CRLs: maps.Clone(f.crls), Round: f.round, Streams: f.streams.list(), Promises: maps.Clone(f.promises)}
 	for _, o := range f.inOrder() {
 		var i Intent
 		if err := json.Unmarshal(o.payload, &i); err != nil {
@@ -122,6 +136,10 @@ func (f *fold) resume(s *Seal, carried []Carry) error {
 	f.released, f.round = s.Released, s.Round
 	if s.CRLs != nil {
 		f.crls = maps.Clone(s.CRLs)
+	}
+	f.streams.resume(s.Streams)
+	if s.Promises != nil {
+		f.promises = maps.Clone(s.Promises)
 	}
 	for _, c := range carried {
 		for _, o := range c.Open {

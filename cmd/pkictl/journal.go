@@ -56,6 +56,9 @@ The head stands for all records before it: who keeps it elsewhere can tell later
 			return r, err
 		}, func(w io.Writer, r journal.Report) {
 			fmt.Fprintf(w, "segments\t%d\n", r.Segments)
+			if r.Dropped > 0 {
+				fmt.Fprintf(w, "dropped\t%d, of which no record was needed any more\n", r.Dropped)
+			}
 			if r.Elsewhere > 0 {
 				fmt.Fprintf(w, "in the archive alone\t%d, not read: name it with --archive\n", r.Elsewhere)
 			}
