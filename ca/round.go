@@ -22,13 +22,14 @@ import (
 type Copies interface {
 	Add(first uint64, payloads [][]byte) (*holder.Ticket, error)
 	Wait(ctx context.Context, t *holder.Ticket) error
+	Told() bool // every peer knows whether this node requires copies
 }
 
 // Held is what this node keeps for others; *holder.Holder is it.
 type Held interface {
 	Each(fn func(owner, incarnation string, d journal.Done) error) error
 	Lanes() map[string]uint64
-	Holds(owner, incarnation string) bool
+	Promised(owner string) (since string, ok bool)
 }
 
 // RoundRecord is what Rounds asks of the database; *db.Store is it.
@@ -42,6 +43,7 @@ type RoundRecord interface {
 	AppendRecon(ctx context.Context, r db.Recon) error
 	LaneTips(ctx context.Context, lanes []string) (map[string]db.LaneTip, error)
 	OpenLanes(ctx context.Context) ([]db.LaneInfo, error)
+	Writers(ctx context.Context, node string) ([]db.Writer, error)
 	OpenLane(ctx context.Context, node string, incarnation [16]byte, index int) (*db.Lane, error)
 	CloseLane(ctx context.Context, lane, by string) (bool, error)
 	CloseLanes(ctx context.Context, node string, except [16]byte, by string) (int, error)
@@ -64,6 +66,9 @@ type RoundsConfig struct {
 	Peers   []string    // names of the other CA nodes, whether they live or not
 	MACKeys *db.MACKeys // those of the engine; mandatory
 
+	// RequireCopy has nothing released that no second holder has, however many database nodes confirm. Peers are promised it, and only because
+	// of that may their copies speak for this node. Whether Copies says so too is up to the caller.
+	RequireCopy     bool
 	AllowSingleCopy bool          // release with one database node left and no second holder
 	Absent          time.Duration // how long a round waits for a node before the copies held for it speak in its place; default 10s
 	GiveUp          time.Duration // how long for one of which no copies are held, if nothing is known to be lost; default 30s
@@ -98,6 +103,7 @@ type Rounds struct {
 	mu       sync.Mutex
 	lanes    []*movingLane
 	ended    uint64        // newest round that this node has seen end, as its journal says
+	promised bool          // peers may believe that this node requires copies, as its journal says
 	state    db.RoundState // as last read
 	saw      time.Time     // when the newest round was first seen
 	signs    uint64        // of Regress, seen
@@ -116,6 +122,9 @@ type Rounds struct {
 
 // NewRounds returns a Rounds. It reads the journal, and the database only in Run.
 func NewRounds(cfg RoundsConfig) (*Rounds, error) {
+	if cfg.RequireCopy && (cfg.AllowSingleCopy || cfg.Copies == nil || len(cfg.Peers) == 0) {
+		return nil, errors.New("ca: a node that requires copies needs a peer, and cannot allow single ones")
+	}
 	if cfg.Node == "" || cfg.Store == nil || cfg.Journal == nil || cfg.MACKeys == nil || cfg.Fatal == nil {
 		return nil, errors.New("ca: a mandatory field of RoundsConfig is missing")
 	}
@@ -146,7 +155,10 @@ func NewRounds(cfg RoundsConfig) (*Rounds, error) {
 	}
 	// From the start: what is held for others depends on it.
 	var err error
-	r.n, err = r.readJournal()
+	if r.n, err = r.readJournal(); err == nil && cfg.RequireCopy && !r.promised {
+		r.promised = true // on record before anybody is told
+		err = r.note(r.n, "")
+	}
 	return r, err
 }
 
@@ -206,6 +218,33 @@ func (r *Rounds) explain(n uint64, ready bool, state db.RoundState) error {
 		return unavailable(DatabaseUnavailable, nil, "recovery round %d is under way%s: repeat the request", n, wait)
 	}
 	return nil
+}
+
+// Complete runs read, which asks the database, and says whether what it found may lack something, or show a certificate as it was before it was
+// revoked: it does while a recovery round is under way, or about to begin. Whoever promises all there is asks so. Rounds may be nil: then it is read
+// alone.
+func (r *Rounds) Complete(ctx context.Context, read func() error) error {
+	if r == nil {
+		return read()
+	}
+	const doing = "reading which recovery round there is"
+	before, err := r.record.RoundState(ctx)
+	if err != nil {
+		return databaseError(doing, err)
+	}
+	if err := read(); err != nil {
+		return err
+	}
+	after, err := r.record.RoundState(ctx)
+	if err != nil {
+		return databaseError(doing, err)
+	}
+	r.lock.RLock()
+	defer r.lock.RUnlock()
+	if err := r.current(reading{state: before}); err != nil {
+		return err
+	}
+	return r.current(reading{state: after})
 }
 
 // done is step 7: the facts, as they were read back, go to the journal and to a second holder, unless a recovery round has begun since. A nil
@@ -336,6 +375,15 @@ func (r *Rounds) copied(ctx context.Context, ticket *holder.Ticket, n int) error
 
 // alone says whether this node's journal may be the only one that has what is released.
 func (r *Rounds) alone(cause error) error {
+	if r.cfg.RequireCopy {
+		return unavailable(DatabaseUnavailable, cause, "no other CA node keeps a copy of what is released, and this node requires one: repeat the request")
+	}
+	r.mu.Lock()
+	promised := r.promised
+	r.mu.Unlock()
+	if promised && r.cfg.Copies != nil && !r.cfg.Copies.Told() {
+		return unavailable(DatabaseUnavailable, cause, "not every other CA node knows yet that this one requires copies no more: repeat the request")
+	}
 	if r.cfg.AllowSingleCopy {
 		return nil
 	}

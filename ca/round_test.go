@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand"
 	"path/filepath"
 	"slices"
@@ -74,9 +75,13 @@ func TestLostCommitsArePutBackWhateverTheOrderOfStarts(t *testing.T) {
 	}
 }
 
-// A commit and the journal that knew of it are gone together: the copy brings the certificate back.
+// requireCopies has nodes release nothing without a copy.
+func requireCopies(c *ca.RoundsConfig) { c.RequireCopy = true }
+
+// A commit and the journal that knew of it are gone together: the copy brings the certificate back, and since nothing was released without one,
+// the others go on by themselves.
 func TestACopySurvivesTheLossOfDatabaseAndDisk(t *testing.T) {
-	s := newSite(t, nil, "ca1", "ca2")
+	s := newSite(t, requireCopies, "ca1", "ca2", "ca3")
 	issued := s.issueSome(t, 0, 6, "ca1")
 	s.nodes["ca1"].stop()
 	s.dirs["ca1"] = filepath.Join(t.TempDir(), "ca1") // a new disk
@@ -89,20 +94,132 @@ func TestACopySurvivesTheLossOfDatabaseAndDisk(t *testing.T) {
 	s.intact(t)
 }
 
+// A node went on while its holder was away, and nobody but its disk knows: the holder's copy, which lags, must not speak for it. Neither must a
+// copy that does not lag, of a node that might have gone on.
+func TestACopyThatMayLagSpeaksForNobody(t *testing.T) {
+	for _, away := range []bool{true, false} {
+		t.Run(fmt.Sprintf("holder away %v", away), func(t *testing.T) {
+			s := newSite(t, nil, "ca1", "ca2")
+			issued := s.issueSome(t, 0, 3, "ca1")
+			if away {
+				s.nodes["ca2"].stop()
+			}
+			maps.Copy(issued, s.issueSome(t, 3, 3, "ca1"))
+			s.nodes["ca1"].stop()
+			if away {
+				s.up(t, "ca2", nil)
+				s.await(t, "ca2")
+			}
+			s.lose(t, 1, true)
+			s.staysShut(t, "ca2", "ca1")
+			s.up(t, "ca1", nil)
+			s.await(t, "ca1")
+			s.await(t, "ca2")
+			s.same(t, issued, "ca1", "ca2")
+			s.intact(t)
+		})
+	}
+}
+
+// staysShut demands that a round in which a loss is proved waits for a node, beyond the time after which others may speak for it or give it up.
+func (s *site) staysShut(t *testing.T, name, absent string) {
+	t.Helper()
+	m := s.nodes[name]
+	due := s.due(t, m)
+	dbtest.Until(t, "giving up is due, and it is waited for "+absent, func() bool {
+		st := m.rounds.Status()
+		return st.Err != nil && time.Now().After(due) && slices.Contains(st.Waiting, absent) || st.State.N > 0 && st.Err == nil
+	})
+	if r := s.round(t); !r.Proved || r.End != nil {
+		t.Fatalf("the round has ended without %s: %+v", absent, r)
+	}
+	if _, err := m.issue(t, s.request(t, "new")); ca.NameOf(err) != ca.DatabaseUnavailable || !strings.Contains(err.Error(), absent) {
+		t.Fatalf("while %s is away: %v", absent, err)
+	}
+}
+
+// due is when a round that waits has been waiting for longer than for anybody.
+func (s *site) due(t *testing.T, m *member) time.Time {
+	t.Helper()
+	dbtest.Until(t, "a round waits", func() bool { return len(m.rounds.Status().Waiting) > 0 })
+	return time.Now().Add(4 * time.Second)
+}
+
+// A node that required copies only since after the point to which the database went back may have released what nobody holds.
+func TestAPromiseIsGoodForWhatCameAfterIt(t *testing.T) {
+	s := newSite(t, nil, "ca1", "ca2")
+	s.nodes["ca2"].stop()
+	issued := s.issueSome(t, 0, 3, "ca1") // nobody has a copy of these
+	for _, m := range s.nodes {
+		m.stop()
+	}
+	s.rounds = requireCopies
+	for _, name := range s.names {
+		s.up(t, name, nil)
+	}
+	for _, name := range s.names {
+		s.await(t, name)
+		dbtest.Until(t, name+" is promised", func() bool {
+			_, ok := s.nodes[name].held.Promised(map[string]string{"ca1": "ca2", "ca2": "ca1"}[name])
+			return ok
+		})
+	}
+	maps.Copy(issued, s.issueSome(t, 3, 3, "ca1"))
+	first := s.nodes["ca1"].journal.Incarnation()
+	s.nodes["ca1"].stop()
+	s.lose(t, 0, true)
+	for _, q := range []string{"DELETE FROM {db}.lane WHERE incarnation = 0x%x", "DELETE FROM {db}.writer WHERE incarnation = 0x%x"} {
+		cluster.Exec(t, 0, strings.ReplaceAll(fmt.Sprintf(q, first), "{db}", s.db.Name))
+	}
+	s.staysShut(t, "ca2", "ca1")
+	s.up(t, "ca1", nil)
+	s.await(t, "ca1")
+	s.await(t, "ca2")
+	s.same(t, issued, "ca1", "ca2")
+	s.intact(t)
+}
+
+// A node that requires copies releases nothing without one. When it requires them no more it goes on alone only once everybody knows.
+func TestRequiredCopiesAreWaitedFor(t *testing.T) {
+	s := newSite(t, requireCopies, "ca1", "ca2")
+	s.issueSome(t, 0, 2, "ca1", "ca2")
+	s.nodes["ca2"].stop()
+	refused := func(key, why string) {
+		t.Helper()
+		_, err := s.nodes["ca1"].issue(t, s.request(t, key))
+		var e *ca.Error
+		if !errors.As(err, &e) || !e.Retryable() || !strings.Contains(err.Error(), why) {
+			t.Fatalf("without a copy: %v", err)
+		}
+	}
+	refused("k9", "requires one")
+	s.nodes["ca1"].stop()
+	s.rounds = nil
+	s.up(t, "ca1", nil)
+	dbtest.Until(t, "ca1 runs", func() bool { return s.nodes["ca1"].engine.Running() && s.nodes["ca1"].rounds.Status().Err == nil })
+	refused("k10", "requires copies no more")
+	s.up(t, "ca2", nil)
+	dbtest.Until(t, "ca2 knows", func() bool { _, ok := s.nodes["ca2"].held.Promised("ca1"); return !ok && s.nodes["ca1"].copier.Told() })
+	s.nodes["ca2"].stop()
+	s.nodes["ca1"].mustIssue(t, s.request(t, "k11"))
+	// And its next incarnation need not tell anybody anew.
+	dbtest.Until(t, "ca1 has noted it", func() bool {
+		state, err := s.nodes["ca1"].journal.State()
+		return err == nil && !strings.Contains(string(state.Round), "copy_required")
+	})
+	s.nodes["ca1"].stop()
+	s.up(t, "ca1", nil)
+	s.await(t, "ca1")
+	s.nodes["ca1"].mustIssue(t, s.request(t, "k12"))
+}
+
 // A loss is proved, and a node that holds copies for nobody is away: what it released is nobody's to know, and issuing stays shut until it is back.
 func TestAnUncoveredNodeKeepsIssuingShut(t *testing.T) {
 	s := newSite(t, func(c *ca.RoundsConfig) { c.Held = nil }, "ca1", "ca2")
 	issued := s.issueSome(t, 0, 6, "ca1", "ca2")
 	s.nodes["ca1"].stop()
 	s.lose(t, 1, true)
-	began := time.Now()
-	dbtest.Until(t, "giving up would be due, and it is waited for ca1", func() bool {
-		st := s.nodes["ca2"].rounds.Status()
-		return time.Since(began) > 4*time.Second && slices.Contains(st.Waiting, "ca1")
-	})
-	if _, err := s.nodes["ca2"].issue(t, s.request(t, "new")); ca.NameOf(err) != ca.DatabaseUnavailable || !strings.Contains(err.Error(), "ca1") {
-		t.Errorf("while ca1 is away: %v", err)
-	}
+	s.staysShut(t, "ca2", "ca1")
 	s.up(t, "ca1", nil)
 	s.await(t, "ca1")
 	s.await(t, "ca2")
@@ -151,14 +268,14 @@ func (w *watched) RoundState(ctx context.Context) (db.RoundState, error) {
 func TestANodeThatWakesUpReleasesNothingFromBefore(t *testing.T) {
 	for _, point := range []string{steps[5], steps[6]} {
 		t.Run(point, func(t *testing.T) {
-			s := newSite(t, nil, "ca1", "ca2")
+			s := newSite(t, requireCopies, "ca1", "ca2")
 			s.issueSome(t, 0, 4, "ca1", "ca2")
 			s.nodes["ca1"].stop()
 			g := newGate(point)
 			defer g.open()
 			watch := &watched{thaw: make(chan struct{})}
 			defer watch.open()
-			s.rounds = func(c *ca.RoundsConfig) { watch.Store = c.Store.(*db.Store); c.Store = watch }
+			s.rounds = func(c *ca.RoundsConfig) { requireCopies(c); watch.Store = c.Store.(*db.Store); c.Store = watch }
 			s.up(t, "ca1", func(c *ca.Config) func(*ca.Engine) { return g.interpose(c) })
 			s.await(t, "ca1")
 			hold := s.nodes["ca1"]

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -66,7 +67,7 @@ func (r *Rounds) finish(ctx context.Context, n uint64) error {
 	r.mu.Lock()
 	waited := time.Since(r.saw)
 	r.mu.Unlock()
-	var waiting []string
+	var waiting, why []string
 	for _, node := range slices.Compact(nodes) {
 		last := lastRecon(report, node)
 		if last != nil && last.Event == db.ReconDone {
@@ -76,16 +77,22 @@ func (r *Rounds) finish(ctx context.Context, n uint64) error {
 			end.Covered = append(end.Covered, node)
 			continue
 		}
-		how := ""
-		switch {
-		case waited >= r.cfg.Absent && r.holdsFor(node, last, open):
-			how = "copies of its records are held by " + r.cfg.Node
-		case waited >= r.cfg.GiveUp && !proved:
-			how = "given up after " + r.cfg.GiveUp.String() + ": no loss is known, and no copies of its records are held by " + r.cfg.Node
+		var how string
+		covered := false
+		if waited >= r.cfg.Absent {
+			if how, covered, err = r.spokenFor(ctx, report, node); err != nil {
+				return err
+			}
+		}
+		if !covered && waited >= r.cfg.GiveUp && !proved {
+			how, covered = "given up after "+r.cfg.GiveUp.String()+", no loss is known: "+how, true
 			r.cfg.Log.Error("recovery round goes on without a node: if the database has lost what it released, that is lost until it is back", "round", n, "node", node)
 		}
-		if how == "" {
+		if !covered {
 			waiting = append(waiting, node)
+			if how != "" {
+				why = append(why, node+": "+how)
+			}
 			continue
 		}
 		if err := r.cover(ctx, n, node, last, open, how); err != nil {
@@ -99,7 +106,7 @@ func (r *Rounds) finish(ctx context.Context, n uint64) error {
 	if len(waiting) > 0 {
 		if proved && waited >= r.cfg.GiveUp {
 			r.cfg.Log.Error("commits are lost, and nobody can tell what a node released: issuing stays shut until it is back, or until `pkictl recovery acknowledge`",
-				"round", n, "nodes", strings.Join(waiting, " "))
+				"round", n, "nodes", strings.Join(waiting, " "), "why", strings.Join(why, "; "))
 		}
 		return nil
 	}
@@ -119,27 +126,53 @@ func (r *Rounds) finish(ctx context.Context, n uint64) error {
 // roleCA is how CA nodes call themselves as writers.
 const roleCA = "ca"
 
-// holdsFor tells whether copies are held of what the node's newest incarnations released.
-func (r *Rounds) holdsFor(node string, last *db.Recon, open []db.LaneInfo) bool {
+// spokenFor tells whether the copies that the others hold are all that an absent node released and the database may lack: how is then how that is
+// known, and otherwise why it is not. Copies alone prove nothing: what a node released while no holder was reached is on its own disk, and
+// whatever would tell of it is there too, or was lost with the rest. So
+//   - the node must have promised to release nothing without a copy;
+//   - the database must still know the first incarnation that did: then nothing from before the promise is lost;
+//   - whoever may have been its holder must have put back what it holds, in this round.
+func (r *Rounds) spokenFor(ctx context.Context, report *db.RoundReport, node string) (how string, ok bool, err error) {
 	if r.cfg.Held == nil {
-		return false
+		return r.cfg.Node + " keeps no copies", false, nil
 	}
-	incarnations := map[string]bool{}
-	for _, l := range open {
-		if l.Node == node {
-			incarnations[hex.EncodeToString(l.Incarnation[:])] = true
+	since, promised := r.cfg.Held.Promised(node)
+	if !promised {
+		return "it may have released what nobody holds a copy of, since it does not require copies", false, nil
+	}
+	writers, err := r.record.Writers(ctx, node)
+	if err != nil {
+		return "", false, err
+	}
+	if !slices.ContainsFunc(writers, func(w db.Writer) bool { return hex.EncodeToString(w.Incarnation[:]) == since }) {
+		return "the database has gone back to before " + node + " required copies", false, nil
+	}
+	for _, holder := range append([]string{r.cfg.Node}, r.cfg.Peers...) {
+		if holder == node {
+			continue
+		}
+		if last := lastRecon(report, holder); last == nil || last.Event != db.ReconDone {
+			return "copies of its records may be at " + holder + " alone, which has not done its part", false, nil
 		}
 	}
-	if last != nil && len(last.Incarnation) == 16 {
-		incarnations[hex.EncodeToString(last.Incarnation)] = true
+	return "it releases nothing without a copy, and every node that may hold one has put back what it holds", true, nil
+}
+
+// Recorded tells whether the database has the lanes up to these numbers, or has put elsewhere what it lost of them: for holder.Config.
+func (r *Rounds) Recorded(ctx context.Context, lanes map[string]uint64) (bool, error) {
+	if err := r.err(); err != nil {
+		return false, err
 	}
-	for incarnation := range incarnations {
-		if !r.cfg.Held.Holds(node, incarnation) {
-			return false
+	tips, err := r.record.LaneTips(ctx, slices.Sorted(maps.Keys(lanes)))
+	if err != nil {
+		return false, err
+	}
+	for lane, seq := range lanes {
+		if tip := tips[lane]; !tip.Closed && tip.Seq < seq {
+			return false, nil
 		}
 	}
-	// Where every lane has an end, whatever is held is what there is.
-	return len(incarnations) > 0 || r.cfg.Held.Holds(node, "")
+	return true, nil
 }
 
 // cover lets a round go on without a node. Its lanes end first, those that it would open in this round too: should it wake up, nothing that it

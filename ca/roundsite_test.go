@@ -101,18 +101,18 @@ func (s *site) up(t *testing.T, name string, prepare func(*ca.Config) func(*ca.E
 				cfg.Peers = append(cfg.Peers, other)
 			}
 		}
+		if s.rounds != nil {
+			s.rounds(&cfg)
+		}
 		m.copier, err = holder.NewCopier(holder.CopierConfig{
 			Incarnation: hex.EncodeToString(incarnation[:]), Peers: peers, Round: func() uint64 { return m.rounds.Current() }, Fatal: fatal, Log: slog.New(slog.DiscardHandler),
 			Client:  &http.Client{Transport: &http.Transport{TLSClientConfig: id.ClientTLS(identity.RoleCA)}},
-			Records: ca.DoneRecords(c.Journal),
+			Records: ca.DoneRecords(c.Journal), CopyRequired: cfg.RequireCopy,
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		cfg.Copies = m.copier
-		if s.rounds != nil {
-			s.rounds(&cfg)
-		}
 		if m.rounds, err = ca.NewRounds(cfg); err != nil {
 			t.Fatal(err)
 		}
@@ -166,7 +166,11 @@ func (m *member) serve(t *testing.T, address string, id *identity.Identity) {
 func (s *site) await(t *testing.T, name string) {
 	t.Helper()
 	m := s.nodes[name]
-	dbtest.Until(t, name+" releases", func() bool { return m.engine.Running() && m.rounds.Status().Err == nil })
+	dbtest.Until(t, name+" releases", func() bool {
+		st := m.rounds.Status()
+		holder, _ := m.copier.Holder()
+		return m.engine.Running() && st.Err == nil && (st.Alone == nil || holder != "")
+	})
 }
 
 // lose takes the last rows of the record away, as a database does that comes back from an older copy of itself: of each node's lanes what

@@ -101,16 +101,16 @@ func (r *Rounds) readJournal() (uint64, error) {
 	if err := json.Unmarshal(s.Round, &p); err != nil {
 		return 0, fmt.Errorf("decoding the newest round record: %w", err)
 	}
-	r.ended = p.Ended
+	r.ended, r.promised = p.Ended, p.CopyRequired
 	return p.N, nil
 }
 
 // note journals which round this node is in, and which it has seen end.
 func (r *Rounds) note(n uint64, cause string) error {
 	r.mu.Lock()
-	ended := r.ended
+	p := journal.Round{N: n, Ended: r.ended, Cause: cause, CopyRequired: r.promised}
 	r.mu.Unlock()
-	record, err := journal.New(journal.Round{N: n, Ended: ended, Cause: cause})
+	record, err := journal.New(p)
 	if err != nil {
 		return err
 	}
@@ -190,6 +190,9 @@ func (r *Rounds) look(ctx context.Context) error {
 	r.mu.Lock()
 	news := n > r.ended
 	r.ended = max(r.ended, n)
+	if r.promised && !r.cfg.RequireCopy && r.cfg.Copies != nil && r.cfg.Copies.Told() {
+		r.promised, news = false, true
+	}
 	r.mu.Unlock()
 	if news {
 		if err := r.note(n, ""); err != nil {

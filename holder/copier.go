@@ -46,8 +46,10 @@ type CopierConfig struct {
 	Client      *http.Client  // speaks mTLS to CA nodes alone
 	Timeout     time.Duration // for one batch at one peer; default 250ms
 	Round       func() uint64 // recovery round that this node is in
-	Log         *slog.Logger
-	Metrics     prometheus.Registerer // nil: none
+	// CopyRequired tells every peer that this node releases nothing without a copy: see Batch.
+	CopyRequired bool
+	Log          *slog.Logger
+	Metrics      prometheus.Registerer // nil: none
 
 	// Records calls fn with the payload of this incarnation's done records from number from on, in order.
 	Records func(from uint64, fn func(n uint64, record []byte) error) error
@@ -67,6 +69,7 @@ type Copier struct {
 	chain   []byte   // up to it
 	tickets []*Ticket
 	wake    chan struct{}
+	told    int    // peers that know whether this node requires copies
 	held    uint64 // highest number that any peer holds
 	holder  string // who; "" while nobody is known to
 
@@ -84,6 +87,7 @@ type record struct {
 type peer struct {
 	Peer
 	known bool // n and chain are what it has
+	told  bool // it knows whether this node requires copies
 	n     uint64
 	chain []byte
 	rest  time.Duration
@@ -199,6 +203,27 @@ func (c *Copier) Run(ctx context.Context) error {
 			}
 		}
 		c.catchUp(ctx)
+		c.tell(ctx)
+	}
+}
+
+// Told reports whether every peer knows whether this incarnation requires copies.
+func (c *Copier) Told() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.told == len(c.peers)
+}
+
+// tell asks the peers that have not heard of this incarnation what they have, and thereby tells them whether it requires copies.
+func (c *Copier) tell(ctx context.Context) {
+	for _, p := range c.peers {
+		if p.told || time.Now().Before(p.until) || ctx.Err() != nil {
+			continue
+		}
+		p.known = false
+		if err := c.sendTo(ctx, p); err != nil && ctx.Err() == nil {
+			c.fail(p, err)
+		}
 	}
 }
 
@@ -266,7 +291,7 @@ func (c *Copier) fail(p *peer, err error) {
 // sendTo asks a peer what it has, or sends it what comes next.
 func (c *Copier) sendTo(ctx context.Context, p *peer) error {
 	round := c.cfg.Round()
-	b := Batch{Incarnation: c.cfg.Incarnation, Round: round, Records: []json.RawMessage{}}
+	b := Batch{Incarnation: c.cfg.Incarnation, Round: round, CopyRequired: c.cfg.CopyRequired, Records: []json.RawMessage{}}
 	timeout := c.cfg.Timeout
 	var err error
 	if p.known {
@@ -299,6 +324,12 @@ func (c *Copier) sendTo(ctx context.Context, p *peer) error {
 		}
 		p.known, p.n, p.chain = true, tip.N, tip.Chain
 		p.rest, p.cause = 0, nil
+		if !p.told {
+			p.told = true
+			c.mu.Lock()
+			c.told++
+			c.mu.Unlock()
+		}
 		if tip.Reason == "" && len(b.Records) > 0 {
 			c.copies.WithLabelValues("held").Inc()
 		}
@@ -323,7 +354,9 @@ func (c *Copier) diverged(p *peer, err error) {
 // hold notes what a peer has.
 func (c *Copier) hold(p *peer) {
 	c.mu.Lock()
-	c.held, c.holder = max(c.held, p.n), p.Name
+	if c.held = max(c.held, p.n); p == c.peers[c.current] {
+		c.holder = p.Name
+	}
 	c.lagging.Set(float64(c.n - min(c.n, c.held)))
 	c.mu.Unlock()
 	c.finish(func(t *Ticket) bool { return t.last <= p.n }, nil)

@@ -5,6 +5,7 @@ package holder
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"trivet/journal"
 )
@@ -29,6 +31,9 @@ type Batch struct {
 	From        uint64            `json:"from"`        // number of the first record
 	After       []byte            `json:"after"`       // chain up to the record before it
 	Records     []json.RawMessage `json:"records"`
+	// CopyRequired is the owner's promise that it releases nothing that no holder has. It is absent rather than false, so that
+	// holders of an older version take batches of owners that promise nothing.
+	CopyRequired bool `json:"copy_required,omitempty"`
 }
 
 // Tip is how far a holder has an incarnation's records, and why it took no more.
@@ -63,6 +68,15 @@ type Config struct {
 	// Round is asked around every appending: it keeps this node from entering another recovery round until leave is called, and
 	// returns the round that it is in.
 	Round func() (round uint64, leave func())
+
+	// Keep is how long records are held at least; default 90 days. It must be above the age of the oldest backup that the database may be put
+	// back to. Afterwards they go when Recorded says that the record has the lanes up to these numbers; without Recorded none ever goes.
+	Keep     time.Duration
+	Recorded func(ctx context.Context, lanes map[string]uint64) (bool, error)
+
+	SegmentSize int64 // of its journal; default as there
+
+	now func() time.Time // in tests
 }
 
 // Holder keeps the records of other nodes. It is safe for concurrent use.
@@ -70,8 +84,12 @@ type Holder struct {
 	cfg Config
 	log *journal.Journal
 
-	mu      sync.Mutex
-	streams map[streamKey]*stream
+	mu       sync.Mutex
+	streams  map[streamKey]*stream
+	newest   map[string]string // incarnation of each owner that was heard of last for the first time
+	promises map[string]string // by owner: incarnation since which it releases nothing without a copy
+
+	promising sync.Mutex // one promise at a time, until it is durable
 }
 
 type streamKey struct{ owner, incarnation string }
@@ -84,30 +102,57 @@ type stream struct {
 	lanes map[string]uint64 // highest seq of each lane that its records name
 }
 
-// Open opens the holder's journal and reads all of it.
+// defaultKeep is above the age of any backup that a database is put back to.
+const defaultKeep = 90 * 24 * time.Hour
+
+// Open opens the holder's journal. It reads what was written since the newest segment was sealed, and none of the records before.
 func Open(cfg Config) (*Holder, error) {
 	if cfg.Round == nil {
 		return nil, errors.New("holder: Config.Round is missing")
 	}
-	log, err := journal.Open(journal.Config{Dir: cfg.Dir, Node: cfg.Node, Log: cfg.Log})
-	if err != nil {
+	if cfg.Keep == 0 {
+		cfg.Keep = defaultKeep
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	if cfg.now == nil {
+		cfg.now = time.Now
+	}
+	h := &Holder{cfg: cfg, streams: map[streamKey]*stream{}, newest: map[string]string{}}
+	c := journal.Config{Dir: cfg.Dir, Node: cfg.Node, Log: cfg.Log, SegmentSize: cfg.SegmentSize, Now: cfg.now}
+	if cfg.Recorded != nil {
+		c.Drop = h.drop
+	}
+	var err error
+	if h.log, err = journal.Open(c); err != nil {
 		return nil, fmt.Errorf("opening the copies held for other nodes: %w", err)
 	}
-	h := &Holder{cfg: cfg, log: log, streams: map[streamKey]*stream{}}
-	err = h.each(func(held journal.Held, d journal.Done) error {
-		s := h.stream(held.Owner, held.Incarnation)
-		chain := Chain(s.chain, held.Record)
-		if held.N != s.n+1 || !bytes.Equal(chain, held.Chain) {
-			return fmt.Errorf("record %d of %s/%s does not follow record %d", held.N, held.Owner, held.Incarnation, s.n)
-		}
-		s.take(chain, d)
-		return nil
-	})
+	state, err := h.log.State()
 	if err != nil {
-		log.Close()
+		h.log.Close()
 		return nil, fmt.Errorf("reading the copies held for other nodes: %w", err)
 	}
+	h.promises = state.Promises
+	for _, s := range state.Streams {
+		h.streams[streamKey{s.Owner, s.Incarnation}] = &stream{n: s.N, chain: s.Chain, lanes: s.Lanes}
+		h.newest[s.Owner] = s.Incarnation
+	}
 	return h, nil
+}
+
+// drop tells whether the records of a segment are needed no more: they are old, and the record has all that they tell of.
+func (h *Holder) drop(ctx context.Context, s journal.Seal) bool {
+	if h.cfg.now().Sub(s.Last) <= h.cfg.Keep {
+		return false
+	}
+	recorded, err := h.cfg.Recorded(ctx, s.Held)
+	if err != nil || !recorded {
+		h.cfg.Log.Warn("copies held for other nodes are kept for longer: the record does not show all of them", "segment", s.Segment, "err", err)
+		return false
+	}
+	h.cfg.Log.Info("copies held for other nodes are needed no more", "segment", s.Segment, "records", s.Records, "last", s.Last)
+	return true
 }
 
 // Failed is closed when nothing more can be held: see journal.Journal.Failed.
@@ -124,6 +169,7 @@ func (h *Holder) stream(owner, incarnation string) *stream {
 	if s == nil {
 		s = &stream{lanes: map[string]uint64{}}
 		h.streams[k] = s
+		h.newest[owner] = incarnation
 	}
 	return s
 }
@@ -169,6 +215,13 @@ func (h *Holder) Put(owner string, b Batch) (Tip, error) {
 	case !bytes.Equal(b.After, s.chain):
 		tip.Reason = ReasonChain
 	}
+	if tip.Reason == ReasonOldRound || tip.Reason == ReasonChain {
+		return tip, nil
+	}
+	err := h.promise(owner, b)
+	if err != nil {
+		return Tip{}, err
+	}
 	if tip.Reason != "" || len(b.Records) == 0 {
 		return tip, nil
 	}
@@ -177,7 +230,6 @@ func (h *Holder) Put(owner string, b Batch) (Tip, error) {
 	for i, r := range b.Records {
 		chain = Chain(chain, r)
 		chains[i] = chain
-		var err error
 		if records[i], err = journal.New(journal.Held{Owner: owner, Incarnation: b.Incarnation, N: b.From + uint64(i), Chain: chain, Record: r}); err != nil {
 			return Tip{}, err
 		}
@@ -191,7 +243,7 @@ func (h *Holder) Put(owner string, b Batch) (Tip, error) {
 	return Tip{N: s.n, Chain: s.chain, Round: round}, nil
 }
 
-// Each calls fn with every record held, oldest first in each incarnation. An error of fn ends it.
+// Each calls fn with every record that is still held, oldest first in each incarnation. An error of fn ends it.
 func (h *Holder) Each(fn func(owner, incarnation string, d journal.Done) error) error {
 	return h.each(func(held journal.Held, d journal.Done) error { return fn(held.Owner, held.Incarnation, d) })
 }
@@ -226,18 +278,43 @@ func (h *Holder) Lanes() map[string]uint64 {
 	return out
 }
 
-// Holds reports whether the incarnation, or with "" any, gives its records to this holder, be they none so far.
-func (h *Holder) Holds(owner, incarnation string) bool {
+// promise notes durably whether the owner releases anything without a copy. A batch of an incarnation that another has followed comes late, and
+// renews nothing.
+func (h *Holder) promise(owner string, b Batch) error {
+	h.promising.Lock()
+	defer h.promising.Unlock()
+	h.mu.Lock()
+	_, ok := h.promises[owner]
+	late := h.newest[owner] != b.Incarnation
+	h.mu.Unlock()
+	if ok == b.CopyRequired || late && b.CopyRequired {
+		return nil
+	}
+	p := journal.Promise{Owner: owner, Incarnation: b.Incarnation, CopyRequired: b.CopyRequired}
+	record, err := journal.New(p)
+	if err == nil {
+		err = h.log.Append(record)
+	}
+	if err != nil {
+		return fmt.Errorf("holding what %s promises: %w", owner, err)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if incarnation == "" {
-		for k := range h.streams {
-			if k.owner == owner {
-				return true
-			}
-		}
+	if p.CopyRequired {
+		h.promises[owner] = p.Incarnation
+	} else {
+		delete(h.promises, owner)
 	}
-	return h.streams[streamKey{owner, incarnation}] != nil
+	return nil
+}
+
+// Promised returns the incarnation since which the owner has released nothing that no holder has. ok is false if it promises no such thing: then
+// it may have released what is not among the copies here, nor anywhere else but on its own disk.
+func (h *Holder) Promised(owner string) (since string, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	since, ok = h.promises[owner]
+	return since, ok
 }
 
 func (h *Holder) all() []*stream {

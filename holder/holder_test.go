@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
@@ -101,7 +102,7 @@ func TestAHolderTakesWhatFollowsAndNothingElse(t *testing.T) {
 			t.Errorf("taken: %+v", bad)
 		}
 	}
-	if h.Holds("ca3", "") || !h.Holds("ca1", "") || !h.Holds("ca1", incarnation) || h.Lanes()["ca1/x/0"] != 5 {
+	if h.Lanes()["ca1/x/0"] != 5 {
 		t.Errorf("it holds lanes %v", h.Lanes())
 	}
 	if err := h.Close(); err != nil {
@@ -113,6 +114,141 @@ func TestAHolderTakesWhatFollowsAndNothingElse(t *testing.T) {
 	put(holder.Batch{Incarnation: incarnation, Round: 2}, "", 5)
 	if got := serials(t, h); fmt.Sprint(got) != "[01 02 03 04 05]" {
 		t.Errorf("it holds %v", got)
+	}
+}
+
+// Whether an owner requires copies is what its newest incarnation said, over restarts too.
+func TestAHolderRemembersWhoRequiresCopies(t *testing.T) {
+	dir, r := filepath.Join(t.TempDir(), "held"), &rounds{}
+	h := open(t, dir, r)
+	say := func(last byte, required bool) {
+		t.Helper()
+		id := incarnation[:30] + fmt.Sprintf("%02x", last)
+		if tip, err := h.Put("ca1", holder.Batch{Incarnation: id, Round: r.n.Load(), CopyRequired: required}); err != nil || tip.Reason != "" {
+			t.Fatal(tip, err)
+		}
+	}
+	want := func(last byte, ok bool) {
+		t.Helper()
+		for range 2 {
+			since, got := h.Promised("ca1")
+			if got != ok || ok && since != incarnation[:30]+fmt.Sprintf("%02x", last) {
+				t.Fatalf("promised since %q, %v; want %02x, %v", since, got, last, ok)
+			}
+			if err := h.Close(); err != nil {
+				t.Fatal(err)
+			}
+			h = open(t, dir, r)
+		}
+	}
+	defer func() { h.Close() }()
+	want(0, false)
+	say(1, false)
+	want(0, false)
+	say(2, true)
+	want(2, true)
+	say(3, true) // the promise goes on
+	want(2, true)
+	say(4, false)
+	want(0, false)
+	say(5, true)
+	say(6, false)
+	say(5, true) // came late
+	want(0, false)
+	if _, ok := h.Promised("ca2"); ok {
+		t.Error("another's promise counts for ca2")
+	}
+}
+
+// What is held is sealed, and goes when it is old and on record. A start knows how far every stream is without reading it, and goes on where it was.
+func TestWhatIsHeldGoesWhenItIsOldAndOnRecord(t *testing.T) {
+	dir, r := filepath.Join(t.TempDir(), "held"), &rounds{}
+	var later, recorded atomic.Int64 // hours; how far the record has the lane
+	reopen := func() *holder.Holder {
+		cfg := holder.Config{Dir: dir, Node: "ca2", Log: quiet, Round: r.enter, Keep: 24 * time.Hour, SegmentSize: 2048, Recorded: func(_ context.Context, lanes map[string]uint64) (bool, error) {
+			return int64(lanes["ca1/x/0"]) <= recorded.Load() && len(lanes) == 1, nil
+		}}
+		cfg.SetNow(func() time.Time { return time.Now().Add(time.Duration(later.Load()) * time.Hour) })
+		h, err := holder.Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	h := reopen()
+	for n := uint64(1); n <= 40; n++ {
+		if tip, err := h.Put("ca1", batch(t, n, n)); err != nil || tip.Reason != "" {
+			t.Fatal(tip, err)
+		}
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	plain, err := filepath.Glob(filepath.Join(dir, "*.journal*"))
+	if err != nil || len(plain) < 6 {
+		t.Fatalf("segments are %v, %v", plain, err)
+	}
+	// Nothing goes before its time, nor what the record lacks.
+	recorded.Store(12)
+	h = reopen()
+	if got := len(serials(t, h)); got != 40 {
+		t.Fatalf("%d records are held", got)
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	later.Store(25)
+	h = reopen()
+	until(t, "what is on record is gone", func() bool { got := serials(t, h); return got[0] > "01" && got[0] <= "0d" })
+	if got := serials(t, h); got[len(got)-1] != "28" || got[0] > "0d" {
+		t.Fatalf("it holds %v", got)
+	}
+	recorded.Store(40)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h = reopen()
+	until(t, "all but the newest segment is gone", func() bool { return len(serials(t, h)) < 8 })
+	if h.Lanes()["ca1/x/0"] != 40 {
+		t.Errorf("lanes are %v", h.Lanes())
+	}
+	if tip, err := h.Put("ca1", batch(t, 41, 42)); err != nil || tip.Reason != "" || tip.N != 42 {
+		t.Errorf("going on: %+v, %v", tip, err)
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d, err := journal.OpenDir(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report, err := d.Verify(); err != nil || len(report.Damage) > 0 || report.Dropped == 0 {
+		t.Errorf("verified: %+v, %v", report, err)
+	}
+	// A start reads none of what is sealed: with its segments unreadable it is the same.
+	left, err := filepath.Glob(filepath.Join(dir, "*.zst"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range left {
+		if err := os.WriteFile(path, []byte("nothing"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	later.Store(0)
+	h = reopen()
+	defer h.Close()
+	if tip, err := h.Put("ca1", batch(t, 43, 43)); err != nil || tip.Reason != "" || tip.N != 43 {
+		t.Errorf("after a start that could read nothing: %+v, %v", tip, err)
+	}
+}
+
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waiting until %s: no", what)
+		}
 	}
 }
 

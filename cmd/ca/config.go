@@ -50,6 +50,12 @@ type config struct {
 	// Peers are the other CA nodes: name, and address (host:port) of listen.api. The first that answers keeps a copy of everything that this
 	// node releases, and a recovery round waits for all of them.
 	Peers []holder.Peer `yaml:"peers"`
+	// HeldKeep is how long copies of what other CA nodes released are kept at least, below state_dir in held; default 2160h, 90 days. It must be
+	// above the age of the oldest backup that the database may be put back to. They go when the record has all of it.
+	HeldKeep time.Duration `yaml:"held_keep"`
+	// RequireCopy has nothing released that no peer holds a copy of, however well the database is. Only then can a recovery round that has lost
+	// commits end by itself while this node is away. With one peer it makes issuing depend on that peer. Default false.
+	RequireCopy bool `yaml:"require_copy"`
 	// AllowSingleCopy lets this node release when one database node is left and no peer answers: what that node then loses is gone. Default false.
 	AllowSingleCopy bool `yaml:"allow_single_copy"`
 	// AcknowledgeJournal names incarnations of this node, in hex, that the database knows and the journal does not: the journal is an older copy,
@@ -146,6 +152,8 @@ func (c *config) validate() error {
 		check(nodeForm.MatchString(p.Name) && p.Name != c.Node, "peers[%d].name %q: want the name of another CA node", i, p.Name)
 		address(fmt.Sprintf("peers[%d].address", i), p.Address)
 	}
+	check(c.HeldKeep == 0 || c.HeldKeep >= 24*time.Hour, "held_keep %s: want 24h or more", c.HeldKeep)
+	check(!c.RequireCopy || len(c.Peers) > 0 && !c.AllowSingleCopy, "require_copy: it needs peers, and excludes allow_single_copy")
 	for i, s := range c.AcknowledgeJournal {
 		raw, err := hex.DecodeString(s)
 		check(err == nil && len(raw) == 16, "acknowledge_journal[%d] %q: want an incarnation, 32 hexadecimal digits", i, s)

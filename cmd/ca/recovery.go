@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/http"
 	"path/filepath"
@@ -28,6 +29,7 @@ type second struct {
 	copier *holder.Copier
 	macs   *db.MACKeys
 	lost   chan error // why the process must end
+	begun  chan struct{}
 }
 
 // openSecond reads the journals. It connects to nothing.
@@ -36,9 +38,10 @@ func (n *node) openSecond() error {
 	if err != nil {
 		return err
 	}
-	s := &second{macs: macs, lost: make(chan error, 1)}
+	s := &second{macs: macs, lost: make(chan error, 1), begun: make(chan struct{})}
 	s.held, err = holder.Open(holder.Config{
 		Dir: filepath.Join(n.cfg.StateDir, heldDir), Node: n.cfg.Node, Log: n.log, Round: func() (uint64, func()) { return s.rounds.Enter() },
+		Keep: n.cfg.HeldKeep, Recorded: s.recorded,
 	})
 	if err != nil {
 		return err
@@ -53,7 +56,7 @@ func (n *node) openSecond() error {
 	incarnation := n.journal.Incarnation()
 	transport := &http.Transport{TLSClientConfig: n.id.ClientTLS(identity.RoleCA), MaxIdleConnsPerHost: 4, IdleConnTimeout: time.Minute}
 	s.copier, err = holder.NewCopier(holder.CopierConfig{
-		Incarnation: hex.EncodeToString(incarnation[:]), Peers: n.cfg.Peers, Client: &http.Client{Transport: transport},
+		Incarnation: hex.EncodeToString(incarnation[:]), Peers: n.cfg.Peers, CopyRequired: n.cfg.RequireCopy, Client: &http.Client{Transport: transport},
 		Round: func() uint64 { return s.rounds.Current() }, Records: ca.DoneRecords(n.journal), Fatal: fatal, Log: n.log, Metrics: n.registry,
 	})
 	if err != nil {
@@ -64,10 +67,21 @@ func (n *node) openSecond() error {
 		peers[i] = p.Name
 	}
 	s.rounds, err = ca.NewRounds(ca.RoundsConfig{
-		Node: n.cfg.Node, Store: n.store, Journal: n.journal, Copies: s.copier, Held: s.held, Peers: peers, MACKeys: macs, AllowSingleCopy: n.cfg.AllowSingleCopy,
+		Node: n.cfg.Node, Store: n.store, Journal: n.journal, Copies: s.copier, Held: s.held, Peers: peers, MACKeys: macs,
+		RequireCopy: n.cfg.RequireCopy, AllowSingleCopy: n.cfg.AllowSingleCopy,
 		Positions: n.positions, Fatal: fatal, Log: n.log, Metrics: n.registry,
 	})
 	return err
+}
+
+// recorded asks the database for what copies held for others tell of, once this node is in step with it.
+func (s *second) recorded(ctx context.Context, lanes map[string]uint64) (bool, error) {
+	select {
+	case <-s.begun:
+		return s.rounds.Recorded(ctx, lanes)
+	default:
+		return false, errors.New("this node is starting")
+	}
 }
 
 // positions asks the responders how far they are, once the barrier knows them.
@@ -77,6 +91,7 @@ func (n *node) positions(ctx context.Context) (map[string]map[string]uint64, err
 
 // start runs it among tasks.
 func (s *second) start(work context.Context, tasks *errgroup.Group) {
+	close(s.begun)
 	tasks.Go(func() error { return s.rounds.Run(work) })
 	tasks.Go(func() error { return s.copier.Run(work) })
 	tasks.Go(func() error {
