@@ -14,6 +14,7 @@ const (
 	causeMissing = "missing"
 	causeForged  = "forged"
 	causeForeign = "foreign-key"
+	causeNoTBS   = "no-tbs"
 )
 
 var errUnchecked = errors.New("what is to be signed is not what was checked")
@@ -40,6 +41,8 @@ func (e *Engine) authentic(row db.Intent) error {
 	switch {
 	case errors.Is(err, db.ErrNoMAC):
 		cause = causeMissing
+	case errors.Is(err, db.ErrNoTBS):
+		cause = causeNoTBS // and no sweep can bring it back
 	case errors.Is(err, db.ErrForeignMAC):
 		cause = causeForeign
 	}

@@ -39,7 +39,9 @@ func TestRowsThatNoCANodeVouchesForAreNotSigned(t *testing.T) {
 			tamper      func(row db.Intent, tbs []byte) string // SQL
 			abandoned   bool
 		}{
-			{"another name", "forged", func(_ db.Intent, tbs []byte) string { return fmt.Sprintf("tbs = x'%x'", tbs) }, true},
+			{"another name", "forged", func(_ db.Intent, tbs []byte) string { return fmt.Sprintf("intent_tbs.tbs = x'%x'", tbs) }, true},
+			{"another name, in the row itself", "forged", func(_ db.Intent, tbs []byte) string { return fmt.Sprintf("intent.tbs = x'%x'", tbs) }, true},
+			{"no TBSCertificate", "no-tbs", func(db.Intent, []byte) string { return "intent_tbs.tbs = ''" }, true},
 			{"another requester", "forged", func(db.Intent, []byte) string { return "requester = 'trivet://test/requester/mallory'" }, true},
 			{"another profile version", "forged", func(db.Intent, []byte) string { return "profile_version = 7" }, true},
 			{"no MAC", "missing", func(db.Intent, []byte) string { return "mac = NULL, mac_key = NULL" }, true},
@@ -50,7 +52,7 @@ func TestRowsThatNoCANodeVouchesForAreNotSigned(t *testing.T) {
 				}
 				row.TBS = tbs
 				mallory.Seal(&row)
-				return fmt.Sprintf("tbs = x'%x', mac = x'%x', mac_key = x'%x'", tbs, row.MAC, row.MACKey)
+				return fmt.Sprintf("intent_tbs.tbs = x'%x', mac = x'%x', mac_key = x'%x'", tbs, row.MAC, row.MACKey)
 			}, false},
 		} {
 			t.Run(how+", "+c.name, func(t *testing.T) {
@@ -76,7 +78,7 @@ func TestRowsThatNoCANodeVouchesForAreNotSigned(t *testing.T) {
 				if err := b.engine.Recheck(row); err != nil {
 					t.Fatalf("policy alone refuses the forgery, so it proves nothing: %v", err)
 				}
-				execute(t, p.db, "UPDATE intent SET "+c.tamper(open[0], forged)+fmt.Sprintf(" WHERE serial = x'%x'", open[0].Serial))
+				execute(t, p.db, "UPDATE intent JOIN intent_tbs USING (issuer, serial) SET "+c.tamper(open[0], forged)+fmt.Sprintf(" WHERE intent.serial = x'%x'", open[0].Serial))
 
 				signed := p.keys.total()
 				if how == "sweep" {

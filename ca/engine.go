@@ -79,6 +79,8 @@ type Config struct {
 	SweepAge     time.Duration // how old an open intent must be to be finished by the sweeper; default 10s
 	RefreshEvery time.Duration // how often authorities are re-read; default 2s
 	ClockEvery   time.Duration // how often clocks are compared; default 1s
+	KeepTBS      time.Duration // how long the TBSCertificates of a day are kept after it; at least a day, default 14 days
+	KeepTBSEvery time.Duration // how often those that may go are looked for; default 1h
 
 	Clocks PeerClocks // whose clocks this node's must agree with to within a second, or it signs nothing; nil: it is believed
 
@@ -120,6 +122,8 @@ func (c *Config) setDefaults() error {
 	setDefault(&c.SweepAge, 10*time.Second)
 	setDefault(&c.RefreshEvery, 2*time.Second)
 	setDefault(&c.ClockEvery, time.Second)
+	setDefault(&c.KeepTBS, 14*24*time.Hour)
+	setDefault(&c.KeepTBSEvery, time.Hour)
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -222,6 +226,7 @@ type record interface {
 	ReadBack(ctx context.Context, except string, reqs [][]byte) (rows []db.Issued, node string, err error)
 	Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error)
 	OpenIntents(ctx context.Context, olderThan time.Duration, limit int) ([]db.Intent, error)
+	KeepTBS(ctx context.Context, k db.TBSKeeping) (db.TBSState, error)
 	Blocked(ctx context.Context, except string, spkis ...[]byte) ([]db.BlockedKey, error)
 	Generations(ctx context.Context) ([]db.Generation, error)
 	Ready() error
@@ -281,6 +286,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { e.refreshLoop(ctx) })
 	wg.Go(func() { e.sweepLoop(ctx) })
+	wg.Go(func() { e.keepTBSLoop(ctx) })
 	e.clock.measure(ctx) // before anything is admitted
 	wg.Go(func() { e.clockLoop(ctx) })
 	collected := make(chan struct{})

@@ -263,7 +263,8 @@ func (p *pki) check(t testing.TB) {
 	t.Helper()
 	store := dbtest.Open(t, p.db)
 	_, err := store.Read(t.Context(), "check", "", func(ctx context.Context, c *sql.Conn) error {
-		rows, err := c.QueryContext(ctx, `SELECT i.issuer, i.serial, COALESCE(i.req, ''), i.tbs, COALESCE(o.kind, ''), COALESCE(o.der, '') FROM intent i LEFT JOIN outcome o USING (issuer, serial)`)
+		rows, err := c.QueryContext(ctx, `SELECT i.issuer, i.serial, COALESCE(i.req, ''), COALESCE(t.tbs, i.tbs), COALESCE(o.kind, ''), COALESCE(o.der, '')
+			FROM intent i LEFT JOIN outcome o USING (issuer, serial) LEFT JOIN intent_tbs t USING (issuer, serial)`)
 		if err != nil {
 			return err
 		}

@@ -192,6 +192,7 @@ func (s *site) lose(t *testing.T, keep int, intents bool) {
 	run("DELETE FROM {db}.feed WHERE " + where)
 	if intents {
 		run("DELETE FROM {db}.intent WHERE EXISTS (SELECT 1 FROM {db}.gone g WHERE g.issuer = intent.issuer AND g.serial = intent.serial) AND NOT EXISTS (SELECT 1 FROM {db}.outcome o WHERE o.issuer = intent.issuer AND o.serial = intent.serial)")
+		run("DELETE FROM {db}.intent_tbs WHERE NOT EXISTS (SELECT 1 FROM {db}.intent i WHERE i.issuer = intent_tbs.issuer AND i.serial = intent_tbs.serial)")
 	}
 	run("DROP TABLE {db}.gone")
 }
@@ -281,7 +282,7 @@ func (s *site) rows(t *testing.T) (out []string) {
 	store := dbtest.Open(t, s.db)
 	_, err := store.Read(t.Context(), "check", "", func(ctx context.Context, c *sql.Conn) error {
 		out = nil
-		rows, err := c.QueryContext(ctx, `SELECT CONCAT_WS(' ', i.issuer, HEX(i.serial), COALESCE(HEX(i.req), '-'), i.ver, HEX(i.body), MD5(i.tbs), i.profile, i.profile_version,
+		rows, err := c.QueryContext(ctx, `SELECT CONCAT_WS(' ', i.issuer, HEX(i.serial), COALESCE(HEX(i.req), '-'), i.ver, HEX(i.body), i.profile, i.profile_version,
 			HEX(i.profile_hash), i.requester, i.reference, i.site_epoch, i.node, COALESCE(HEX(i.mac), '-'), i.created, o.ver, o.kind, MD5(o.der), o.not_after, o.created)
 			FROM intent i LEFT JOIN outcome o USING (issuer, serial) ORDER BY 1`)
 		if err != nil {

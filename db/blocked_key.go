@@ -321,16 +321,3 @@ func (c *blockedCache) has(spki []byte) bool {
 	_, ok := c.keys[[32]byte(spki)]
 	return ok
 }
-
-// TBS returns the TBSCertificate of an intent, causally read; nil if there is no such intent.
-func (s *Store) TBS(ctx context.Context, issuer string, serial []byte) ([]byte, error) {
-	var tbs []byte
-	_, err := s.Read(ctx, "tbs", "", func(ctx context.Context, c *sql.Conn) error {
-		err := c.QueryRowContext(ctx, "SELECT tbs FROM intent WHERE issuer = ? AND serial = ?", issuer, serial).Scan(&tbs)
-		if errors.Is(err, sql.ErrNoRows) {
-			return nil
-		}
-		return err
-	})
-	return tbs, err
-}

@@ -22,12 +22,14 @@ type UserSpec struct {
 
 // all is every table of the record.
 var all = []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder",
-	"crl", "crl_result", "va_member", "site_epoch", "group_log", "round", "recon", "round_end", "key_use", "blocked_key"}
+	"crl", "crl_result", "va_member", "site_epoch", "group_log", "round", "recon", "round_end", "key_use", "blocked_key",
+	"intent_tbs", "intent_tbs_reader", "intent_tbs_turn"}
 
-// rights says what each role may read and add to. Nobody may change or remove a row.
-var rights = map[string]struct{ read, add []string }{
+// rights says what each role may read and add to, and whose partitions it may make and drop. Nobody may change or remove a row.
+var rights = map[string]struct{ read, add, keep []string }{
 	"ca": {read: all, add: []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder",
-		"crl", "crl_result", "va_member", "round", "recon", "round_end", "key_use", "blocked_key"}},
+		"crl", "crl_result", "va_member", "round", "recon", "round_end", "key_use", "blocked_key", "intent_tbs", "intent_tbs_reader", "intent_tbs_turn"},
+		keep: []string{"intent_tbs"}},
 	"ocsp": {read: []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder",
 		"crl", "crl_result", "va_member", "site_epoch", "round", "recon", "round_end", "group_log"}, add: []string{"va_member"}},
 	"sync":     {read: []string{"generation", "generation_log", "responder", "site_epoch", "group_log"}, add: []string{"group_log"}},
@@ -93,6 +95,9 @@ func (u UserSpec) statements(database string) ([]string, error) {
 		}
 		if slices.Contains(r.add, t) {
 			p = append(p, "INSERT")
+		}
+		if slices.Contains(r.keep, t) {
+			p = append(p, "ALTER", "DROP")
 		}
 		if len(p) > 0 {
 			out = append(out, fmt.Sprintf("GRANT %s ON `%s`.`%s` TO %s", strings.Join(p, ", "), strings.ReplaceAll(database, "`", "``"), t, account))

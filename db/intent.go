@@ -20,7 +20,7 @@ type Intent struct {
 	Req            []byte // SHA-256(principal, 0, Idempotency-Key); nil only for rows that a restart reconstructs
 	Ver            uint32 // 1 if 0; only recovery writes higher
 	Body           []byte // SHA-256 of the parsed request
-	TBS            []byte // DER TBSCertificate
+	TBS            []byte // DER TBSCertificate; nil once it is no longer needed, see tbs.go
 	Profile        string
 	ProfileVersion uint32
 	ProfileHash    []byte // SHA-256
@@ -46,8 +46,13 @@ const intentColumns = "issuer, serial, req, ver, body, tbs, profile, profile_ver
 
 var intentTable = &table{name: "intent", columns: strings.Split(intentColumns, ", "), key: 2}
 
-func (i *Intent) row() []any {
-	return []any{i.Issuer, i.Serial, i.Req, i.Ver, i.Body, i.TBS, i.Profile, i.ProfileVersion, i.ProfileHash,
+// row is the intent's row, without its TBSCertificate if that is kept apart.
+func (i *Intent) row(apart bool) []any {
+	tbs := notNull(i.TBS)
+	if apart {
+		tbs = []byte{}
+	}
+	return []any{i.Issuer, i.Serial, i.Req, i.Ver, i.Body, tbs, i.Profile, i.ProfileVersion, i.ProfileHash,
 		i.Requester, i.Reference, i.SiteEpoch, i.Node, i.MAC, i.Created, i.MACKey}
 }
 
@@ -63,7 +68,7 @@ func (i *Intent) check() error {
 		n        int
 		min, max int
 	}{
-		{"issuer", len(i.Issuer), 1, 40}, {"serial", len(i.Serial), 1, 20}, {"body", len(i.Body), 32, 32}, {"tbs", len(i.TBS), 1, 65535},
+		{"issuer", len(i.Issuer), 1, 40}, {"serial", len(i.Serial), 1, 20}, {"body", len(i.Body), 32, 32}, {"tbs", len(i.TBS), 0, 65535},
 		{"profile", len(i.Profile), 1, 64}, {"profile hash", len(i.ProfileHash), 32, 32}, {"requester", len(i.Requester), 1, 255},
 		{"reference", len(i.Reference), 0, 255}, {"node", len(i.Node), 1, 64},
 	} {
@@ -101,16 +106,24 @@ func (s *Store) InsertIntents(ctx context.Context, in []Intent) ([]Intent, strin
 			in[i].Created = now
 		}
 		in[i].Created = micros(in[i].Created)
-		if err := in[i].check(); err != nil {
+		err := in[i].check()
+		if err == nil && len(in[i].TBS) == 0 {
+			err = fmt.Errorf("intent %s:%x: it has no TBSCertificate", in[i].Issuer, in[i].Serial)
+		}
+		if err != nil {
 			return nil, "", &Error{Class: Fatal, Op: "insert intents", Err: err}
 		}
+	}
+	place, err := s.tbsPlace(ctx)
+	if err != nil {
+		return nil, "", err
 	}
 	refused := make(map[int]bool)
 	for i := range in {
 		refused[i] = s.blocked.has(in[i].Key)
 	}
 	for {
-		owners, node, err := s.insertIntents(ctx, in, refused)
+		owners, node, err := s.insertIntents(ctx, in, refused, place)
 		var b *keysBlocked
 		if !errors.As(err, &b) || ClassOf(err) == Ambiguous {
 			return owners, node, err
@@ -124,7 +137,7 @@ func (s *Store) InsertIntents(ctx context.Context, in []Intent) ([]Intent, strin
 }
 
 // insertIntents is InsertIntents but for those that are refused, which are only looked up. It fails with keysBlocked if there are more of those.
-func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]bool) ([]Intent, string, error) {
+func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]bool, place tbsPlace) ([]Intent, string, error) {
 	order := make([]*Intent, 0, len(in))
 	for i := range in {
 		if !refused[i] {
@@ -134,7 +147,7 @@ func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]
 	owners := make([]Intent, len(in))
 	copy(owners, in)
 	if len(order) < len(in) {
-		if err := s.refusedOwners(ctx, in, refused, owners); err != nil {
+		if err := s.refusedOwners(ctx, in, refused, owners, place); err != nil {
 			return nil, "", err
 		}
 		if len(order) == 0 {
@@ -145,7 +158,7 @@ func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]
 	slices.SortFunc(order, func(a, b *Intent) int { return slices.Compare(a.Req, b.Req) })
 	rows := make([][]any, len(order))
 	for i, r := range order {
-		rows[i] = r.row()
+		rows[i] = r.row(place.apart)
 	}
 	node, err := s.Write(ctx, "insert intents", func(ctx context.Context, tx *sql.Tx) error {
 		for i := range in { // an earlier attempt may have found other owners, and was undone
@@ -161,11 +174,17 @@ func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]
 		}
 		mine := order
 		if n < int64(len(rows)) {
-			if mine, err = settleOwners(ctx, tx, in, refused, owners); err != nil {
+			if mine, err = settleOwners(ctx, tx, in, refused, owners, place); err != nil {
 				return err
 			}
 		}
-		return useKeys(ctx, tx, mine, n < int64(len(rows)))
+		repeated := n < int64(len(rows))
+		if place.apart {
+			if err := insertTBS(ctx, tx, mine, repeated); err != nil {
+				return err
+			}
+		}
+		return useKeys(ctx, tx, mine, repeated)
 	})
 	if err != nil {
 		return nil, node, err
@@ -174,14 +193,14 @@ func (s *Store) insertIntents(ctx context.Context, in []Intent, refused map[int]
 }
 
 // settleOwners fills in who owns each intent that is not refused, and returns those of in that own their keys themselves.
-func settleOwners(ctx context.Context, tx *sql.Tx, in []Intent, refused map[int]bool, owners []Intent) (mine []*Intent, err error) {
+func settleOwners(ctx context.Context, tx *sql.Tx, in []Intent, refused map[int]bool, owners []Intent, place tbsPlace) (mine []*Intent, err error) {
 	var asked []Intent
 	for i := range in {
 		if !refused[i] {
 			asked = append(asked, in[i])
 		}
 	}
-	found, err := intentOwners(ctx, tx, asked)
+	found, err := intentOwners(ctx, tx, asked, place)
 	if err != nil {
 		return nil, err
 	}
@@ -200,13 +219,13 @@ func settleOwners(ctx context.Context, tx *sql.Tx, in []Intent, refused map[int]
 }
 
 // refusedOwners fills in what becomes of intents whose key is blocked: a request that has its row already keeps it.
-func (s *Store) refusedOwners(ctx context.Context, in []Intent, refused map[int]bool, owners []Intent) error {
+func (s *Store) refusedOwners(ctx context.Context, in []Intent, refused map[int]bool, owners []Intent, place tbsPlace) error {
 	_, err := s.Read(ctx, "intents of blocked keys", "", func(ctx context.Context, c *sql.Conn) error {
 		for i := range in {
 			if !refused[i] {
 				continue
 			}
-			found, err := intentOwners(ctx, c, in[i:i+1])
+			found, err := intentOwners(ctx, c, in[i:i+1], place)
 			switch {
 			case errors.Is(err, errSerialTaken): // that is to say that nobody has it
 				owners[i] = in[i]
@@ -225,31 +244,33 @@ func (s *Store) refusedOwners(ctx context.Context, in []Intent, refused map[int]
 var errSerialTaken = errors.New("its serial is taken by another request")
 
 // intentOwners returns the row that owns each intent's key.
-func intentOwners(ctx context.Context, q Querier, in []Intent) ([]Intent, error) {
+func intentOwners(ctx context.Context, q Querier, in []Intent, place tbsPlace) ([]Intent, error) {
 	var reqs, keys []any
 	var conds []string
 	for i := range in {
 		if in[i].Req != nil {
 			reqs = append(reqs, in[i].Req)
 		} else {
-			conds, keys = append(conds, "(issuer = ? AND serial = ?)"), append(keys, in[i].Issuer, in[i].Serial)
+			conds, keys = append(conds, "(i.issuer = ? AND i.serial = ?)"), append(keys, in[i].Issuer, in[i].Serial)
 		}
 	}
 	if len(reqs) > 0 {
-		conds = append(conds, "req IN ("+marks(len(reqs))+")")
+		conds = append(conds, "i.req IN ("+marks(len(reqs))+")")
 	}
 	byReq, byKey := map[string]Intent{}, map[string]Intent{}
+	columns, from := place.intents()
 	err := query(ctx, q, func(r *sql.Rows) error {
 		var i Intent
 		if err := r.Scan(i.dest()...); err != nil {
 			return err
 		}
+		i.TBS = notEmpty(i.TBS)
 		if old, ok := byReq[string(i.Req)]; !ok || i.Ver > old.Ver {
 			byReq[string(i.Req)] = i // recovery may have given the key a higher version
 		}
 		byKey[i.id()] = i
 		return nil
-	}, "SELECT "+intentColumns+" FROM intent WHERE "+strings.Join(conds, " OR "), append(keys, reqs...)...)
+	}, "SELECT "+columns+" FROM "+from+" WHERE "+strings.Join(conds, " OR "), append(keys, reqs...)...)
 	if err != nil {
 		return nil, fmt.Errorf("reading intents: %w", err)
 	}
@@ -293,6 +314,11 @@ func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit 
 	s.sweep.mu.Lock()
 	defer s.sweep.mu.Unlock()
 	now := s.cfg.Now()
+	place, err := s.tbsPlace(ctx)
+	if err != nil {
+		return nil, err
+	}
+	expr, join := place.column()
 	before, from := micros(now.Add(-olderThan)), s.sweep.from
 	full, deep := now.Sub(s.sweep.full) >= sweepFull, now.Sub(s.sweep.deep) >= sweepDeepEvery
 	switch deepest := before.Add(-sweepDeep); {
@@ -302,14 +328,15 @@ func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit 
 		from = deepest
 	}
 	var out []Intent
-	_, err := s.Read(ctx, "open intents", "", func(ctx context.Context, c *sql.Conn) error {
+	_, err = s.Read(ctx, "open intents", "", func(ctx context.Context, c *sql.Conn) error {
 		out = nil
 		return query(ctx, c, func(r *sql.Rows) error {
 			var i Intent
 			err := r.Scan(i.dest()...)
+			i.TBS = notEmpty(i.TBS)
 			out = append(out, i)
 			return err
-		}, "SELECT "+prefixed("i", intentColumns)+` FROM intent i FORCE INDEX (created)
+		}, "SELECT "+strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1)+" FROM intent i FORCE INDEX (created)"+join+`
 			LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
 			WHERE i.created >= ? AND i.created < ? AND o.serial IS NULL ORDER BY i.created LIMIT ?`, micros(from), before, limit)
 	})

@@ -55,6 +55,11 @@ var ErrBehind = errors.New("the database does not show the lane's last row")
 func (s *Store) OpenLane(ctx context.Context, node string, incarnation [16]byte, index int) (*Lane, error) {
 	l := &Lane{s: s, name: LaneName(node, incarnation, index), turn: make(chan struct{}, 1)}
 	started := micros(s.cfg.Now())
+	// Before the lane is open: others would take it for one of a process that does not know the table.
+	s.ownTBS(incarnation)
+	if _, err := s.tbsPlace(ctx); err != nil {
+		return nil, err
+	}
 	_, err := s.Write(ctx, "open lane", func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := writerTable.insert(ctx, tx, "INSERT IGNORE", [][]any{{incarnation[:], node, s.cfg.Role, started}}); err != nil {
 			return err
@@ -123,6 +128,7 @@ func (l *Lane) Append(ctx context.Context, facts []Fact) ([]Appended, error) {
 	results := make([]Appended, len(facts))
 	var entries []entry
 	var index []int
+	apart := false
 	seen := map[string]bool{}
 	now := micros(l.s.cfg.Now())
 	for i := range facts {
@@ -134,8 +140,16 @@ func (l *Lane) Append(ctx context.Context, facts []Fact) ([]Appended, error) {
 			results[i].Err = &Error{Class: Duplicate, Op: "append", Err: errors.New("an earlier fact of the same batch has the same key")}
 		default:
 			seen[e.id()] = true
+			apart = apart || e.intent != nil
 			entries, index = append(entries, e), append(index, i)
 		}
+	}
+	if apart { // nobody asks without need
+		place, err := l.s.tbsPlace(ctx)
+		if err != nil {
+			return results, err
+		}
+		apart = place.apart
 	}
 	if err := l.enter(ctx); err != nil {
 		return results, err
@@ -149,7 +163,7 @@ func (l *Lane) Append(ctx context.Context, facts []Fact) ([]Appended, error) {
 	}
 	for len(entries) > 0 {
 		n := min(len(entries), maxBatch)
-		b := &batch{entries: entries[:n], index: index[:n], results: results}
+		b := &batch{entries: entries[:n], index: index[:n], results: results, apart: apart}
 		if err := l.commit(ctx, b); err != nil {
 			return results, err
 		}
@@ -232,6 +246,8 @@ type batch struct {
 	node    string     // of the last such attempt
 
 	feed []FeedRow // numbered; empty: to be numbered
+
+	apart bool // the intents are inserted without their TBSCertificates: they have outcomes
 }
 
 // number gives the entries their places after the lane's tip.
@@ -299,7 +315,7 @@ func (b *batch) insertIntents(ctx context.Context, tx *sql.Tx) error {
 	var intents []*Intent
 	for _, e := range b.entries {
 		if e.intent != nil {
-			rows, intents = append(rows, e.intent.row()), append(intents, e.intent)
+			rows, intents = append(rows, e.intent.row(b.apart)), append(intents, e.intent)
 		}
 	}
 	if len(rows) == 0 {

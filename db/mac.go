@@ -30,6 +30,7 @@ type macKey struct {
 // Why an intent is not taken for one that a CA node wrote.
 var (
 	ErrNoMAC       = errors.New("the row has no MAC")
+	ErrNoTBS       = errors.New("its TBSCertificate is not in the record")
 	ErrForgedMAC   = errors.New("the row's MAC is not that of its contents")
 	ErrForeignMAC  = errors.New("the row's MAC was made with a key that is not known here")
 	errMACFile     = errors.New("want one key of 64 hex digits a line")
@@ -115,10 +116,14 @@ func (k *MACKeys) Seal(i *Intent) {
 	i.MACKey, i.MAC = key.id[:], i.mac(key.secret)
 }
 
-// Verify returns nil if a CA node wrote the row as it is, else ErrNoMAC, ErrForgedMAC or, wrapped, ErrForeignMAC.
+// Verify returns nil if a CA node wrote the row as it is, else ErrNoMAC, ErrForgedMAC or, wrapped, ErrForeignMAC. A row that was
+// read without its TBSCertificate must be given it first, as the certificate contains it; else it is ErrNoTBS.
 func (k *MACKeys) Verify(i *Intent) error {
 	if len(i.MAC) == 0 || len(i.MACKey) == 0 {
 		return ErrNoMAC
+	}
+	if len(i.TBS) == 0 {
+		return ErrNoTBS
 	}
 	key, ok := k.find(i.MACKey)
 	if !ok {

@@ -39,8 +39,10 @@ func Migrate(ctx context.Context, cfg Config) error {
 		if err != nil {
 			return err
 		}
-		_, err = p.Up(ctx)
-		return err
+		if _, err = p.Up(ctx); err != nil {
+			return err
+		}
+		return firstTBSPartitions(ctx, db, cfg)
 	})
 }
 
@@ -52,6 +54,11 @@ func withAdmin(ctx context.Context, cfg Config, op string, fn func(context.Conte
 		return err
 	}
 	defer s.Close()
+	return s.ddl(ctx, op, fn)
+}
+
+// ddl is withAdmin on a store that is open. What fn runs must bear being run again after it took effect.
+func (s *Store) ddl(ctx context.Context, op string, fn func(context.Context, *sql.DB) error) error {
 	a := attempts{s: s, op: op}
 	for {
 		nodes, err := s.await(ctx, op)

@@ -54,6 +54,7 @@ type Store struct {
 	blocked blockedCache
 	audit   audit
 	signs   signs
+	tbs     tbsPlaces
 }
 
 // Open checks the configuration; it connects to nothing. Close the store when done.

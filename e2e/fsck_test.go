@@ -49,7 +49,9 @@ func TestFsckFindsPlantedDamage(t *testing.T) {
 	}{
 		{"a released certificate is lost", "I1", "DELETE FROM %s.outcome WHERE serial = x'" + serial + "'"},
 		{"a certificate is exchanged", "I2", "UPDATE %s.outcome SET der = CONCAT(LEFT(der, LENGTH(der) - 1), 'x') WHERE serial = x'" + serial + "'"},
-		{"an intent is changed", "I8", "UPDATE %s.intent SET tbs = CONCAT(tbs, 'x') WHERE serial = x'" + serial + "'"},
+		{"an intent is changed", "I8", "UPDATE %s.intent_tbs SET tbs = CONCAT(tbs, 'x') WHERE serial = x'" + serial + "'"},
+		{"an intent is changed that keeps its TBSCertificate nowhere else", "I8", "UPDATE %s.intent SET reference = 'x' WHERE serial = x'" + serial + "'"},
+		{"an intent is open, and nobody can finish it", "I1", "INSERT INTO %s.intent (issuer, serial, req, ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, created) SELECT issuer, x'0102030406', x'" + strings.Repeat("cd", 32) + "', ver, body, '', profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, NOW(6) FROM %s.intent WHERE serial = x'" + serial + "'"},
 		{"a revocation is lost", "I4", "DELETE FROM %s.revocation WHERE serial = x'" + revoked + "'"},
 		{"the feed has a hole", "I4", "DELETE FROM %s.feed WHERE serial = x'" + serial + "' OR serial = x'" + revoked + "'"},
 		{"the feed is rewritten", "I4", "UPDATE %s.feed SET payload = '{}' WHERE serial = x'" + serial + "'"},
@@ -162,7 +164,7 @@ func (s *site) copyOfRecord(t *testing.T) (string, *sql.DB) {
 	if err := record.Migrate(t.Context(), record.Config{Nodes: s.status(t).Database.Nodes, Name: name, User: name, PasswordFile: password}); err != nil {
 		t.Fatal(err)
 	}
-	for _, table := range []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder", "crl", "crl_result", "va_member", "site_epoch"} {
+	for _, table := range []string{"writer", "lane", "intent", "outcome", "revocation", "feed", "generation", "generation_log", "responder", "crl", "crl_result", "va_member", "site_epoch", "intent_tbs"} {
 		exec(fmt.Sprintf("INSERT INTO %s.%s SELECT * FROM trivet.%s", name, table, table))
 	}
 	exec("GRANT SELECT ON " + name + ".* TO fsck@'%'")

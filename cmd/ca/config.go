@@ -44,6 +44,8 @@ type config struct {
 		User         string   `yaml:"user"`          //
 		PasswordFile string   `yaml:"password_file"` // re-read at every connection
 		TLS          bool     `yaml:"tls"`           // with this node's identity; servers must have role db
+		// KeepTBS is how long the database keeps the TBSCertificates of a day's intents, 24h or more; default 336h. One whose intent has no outcome stays longer.
+		KeepTBS time.Duration `yaml:"keep_tbs"`
 	} `yaml:"database"`
 
 	Journal journalConfig `yaml:"journal"` // how the journal in state_dir is kept
@@ -142,6 +144,7 @@ func (c *config) validate() error {
 	}
 	check(c.Database.User != "", "database.user is missing")
 	check(c.Database.PasswordFile != "", "database.password_file is missing")
+	check(c.Database.KeepTBS == 0 || c.Database.KeepTBS >= 24*time.Hour, "database.keep_tbs %s: want 24h or more", c.Database.KeepTBS)
 	j := c.Journal
 	check(j.SegmentBytes == 0 || j.SegmentBytes >= 1<<20 && j.SegmentBytes <= 1<<30, "journal.segment_bytes %d: want 1 MiB to 1 GiB", j.SegmentBytes)
 	check(j.SegmentAge == 0 || j.SegmentAge >= time.Minute, "journal.segment_age %s: want 1m or more", j.SegmentAge)

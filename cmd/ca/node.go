@@ -215,7 +215,7 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 	metrics := promhttp.HandlerFor(n.registry, promhttp.HandlerOpts{})
 	n.engine, err = ca.New(ca.Config{
 		Node: n.cfg.Node, Store: n.store, Journal: n.journal, Lane: n.lane, Keys: keys{n.groups}, MACKeys: n.second.macs, Profiles: n.profiles, WeakKeys: weak, Clocks: n.store, Epoch: n.epoch,
-		Rounds: n.second.rounds, BaseURL: n.cfg.BaseURL, Log: n.log, Metrics: n.registry,
+		Rounds: n.second.rounds, BaseURL: n.cfg.BaseURL, KeepTBS: n.cfg.Database.KeepTBS, Log: n.log, Metrics: n.registry,
 	})
 	if err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"trivet/db"
 	"trivet/journal"
 )
 
@@ -314,8 +315,8 @@ func (r Record) Certificates(ctx context.Context, fn func(*Row) error) error {
 	var issuer, serial []byte
 	issuer, serial = []byte{}, []byte{}
 	for {
-		rows, err := r.DB.QueryContext(ctx, `SELECT i.issuer, i.serial, i.req, i.ver, UNHEX(SHA2(i.tbs, 256)), COALESCE(o.kind, ''), o.der
-			FROM intent i LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
+		rows, err := r.DB.QueryContext(ctx, `SELECT i.issuer, i.serial, i.req, i.ver, IF(i.tbs = '', t.tbs, i.tbs), COALESCE(o.kind, ''), o.der
+			FROM intent i LEFT JOIN intent_tbs t ON t.issuer = i.issuer AND t.serial = i.serial AND t.day = DATE(i.created) LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
 			     AND o.ver = (SELECT MAX(ver) FROM outcome m WHERE m.issuer = i.issuer AND m.serial = i.serial)
 			WHERE (i.issuer, i.serial) > (?, ?) AND i.issuer >= ? ORDER BY i.issuer, i.serial LIMIT ?`, issuer, serial, issuer, rowsAtOnce)
 		if err != nil {
@@ -328,9 +329,10 @@ func (r Record) Certificates(ctx context.Context, fn func(*Row) error) error {
 			if err = rows.Scan(&row.Issuer, &row.Serial, &row.Req, &row.Ver, &tbs, &row.Kind, &row.DER); err != nil {
 				break
 			}
-			if len(tbs) == len(row.TBS) {
-				row.TBS = [32]byte(tbs)
+			if tbs == nil {
+				tbs = db.TBSOf(row.DER)
 			}
+			row.TBS = sha256.Sum256(tbs)
 			if err = fn(&row); err != nil {
 				break
 			}
