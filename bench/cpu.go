@@ -20,7 +20,7 @@ type cpuTable map[string]cpuTime
 
 type cpuTime struct{ user, system time.Duration }
 
-// cpu reads what every process of the cluster, and this one, has taken since it started.
+// cpu reads what every running process of the cluster, and this one, has taken since it started.
 func (s *site) cpu(ctx context.Context) (cpuTable, error) {
 	st, err := s.status(ctx)
 	if err != nil {
@@ -29,7 +29,7 @@ func (s *site) cpu(ctx context.Context) (cpuTable, error) {
 	table := make(cpuTable)
 	for _, p := range st.Processes {
 		if p.PID == 0 {
-			return nil, fmt.Errorf("%s does not run", p.Name)
+			continue // stopped for the measurement
 		}
 		t, err := cpuOf(p.PID)
 		if err != nil {

@@ -64,6 +64,37 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 	return rows, nil
 }
 
+// issueNodes measures two CA nodes beside one: on a machine that they share, the second must at least not cost.
+func issueNodes(ctx context.Context, s *site) ([]Row, error) {
+	rate := func() (float64, error) {
+		return median(runs, func() (float64, error) {
+			r, _, err := s.issue(ctx, 32)
+			return r.PerSecond, err
+		})
+	}
+	two, err := rate()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.pkictl(ctx, "demo", "kill", "ca2"); err != nil {
+		return nil, err
+	}
+	one, err := rate()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := s.pkictl(ctx, "demo", "start", "ca2"); err != nil {
+		return nil, err
+	}
+	if err := s.well(ctx); err != nil {
+		return nil, err
+	}
+	return []Row{{
+		Name: "issue_nodes", Value: two, Unit: "cert/s", Reference: "one CA node instead of two", ReferenceValue: one,
+		Ratio: two / one, Goal: ">=1x", Met: two >= one,
+	}}, nil
+}
+
 // caKill measures the worst request under an open-loop load while a CA node is killed.
 func caKill(ctx context.Context, s *site) ([]Row, error) {
 	issuer, err := s.issuer(ctx, 64)

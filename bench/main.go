@@ -49,6 +49,7 @@ func run(ctx context.Context) (err error) {
 	benches := []bench{
 		{[]string{"issue_1", "issue_8", "issue_32", "issue_bulk"}, issuing},
 		{[]string{"issue_limit"}, issueLimit},
+		{[]string{"issue_nodes"}, issueNodes},
 		{[]string{"row_cost"}, rowCost},
 		{[]string{"ocsp_keepalive"}, ocspKeepalive},
 		{[]string{"lb_http"}, lbHTTP},
