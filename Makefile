@@ -46,12 +46,15 @@ test-fast: ## the tests that need no database and no HSM, without the race detec
 .PHONY: test
 test: ## everything that must pass before a merge: lint, all tests under the race detector, end to end, fuzz seeds
 	@ops/install.sh test
-	@$(MAKE) --no-print-directory lint
-	@echo "test: packages, race detector"
-	@$(GO) test -race -p 2 -timeout 20m $(PACKAGES)
+	@$(MAKE) --no-print-directory -j2 lint packages
 	@$(MAKE) --no-print-directory build
 	@echo "test: end to end"
 	@$(GO) test -count=1 -p 1 -timeout 20m ./e2e
+
+.PHONY: packages
+packages: ## all tests but the end-to-end scenarios, under the race detector
+	@echo "test: packages, race detector"
+	@$(GO) test -race -p 2 -timeout 20m $(PACKAGES)
 
 .PHONY: chaos
 chaos: build ## kill each kind of process under load; table and build/chaos.json (CHAOS=name for one row)
