@@ -11,17 +11,15 @@ import (
 	"trivet/hsm"
 )
 
-// The log is read this often; sooner while no reading has succeeded yet, seldom while it is shorter than what is known,
-// since then it is read from its beginning.
-const (
-	followEvery, followAgain, followLost, followTimeout = 500 * time.Millisecond, 500 * time.Millisecond, 10 * time.Second, 5 * time.Second
-)
+// The log is read this often.
+const followEvery, followTimeout = 500 * time.Millisecond, 5 * time.Second
 
-// mark is by what an entry is recognised.
+// mark is by what an entry is recognised. The time is part of it: two entries that say the same may have others before them.
 type mark [8]byte
 
 func markOf(e Entry) (m mark) {
 	h := sha256.New()
+	_ = binary.Write(h, binary.BigEndian, e.Created.UnixMicro()) // a hash takes everything
 	for _, f := range [][]byte{[]byte(e.Event), []byte(e.Subject), e.Payload, []byte(e.Actor)} {
 		var n [4]byte
 		binary.BigEndian.PutUint32(n[:], uint32(len(f)))
@@ -49,23 +47,15 @@ func (g *Group) follow(ctx context.Context) {
 			g.log.Info("group log is read again")
 		}
 		healthy = err == nil
-		g.mu.Lock()
-		every := followEvery
-		switch {
-		case !healthy:
-			every = followAgain
-		case g.lost:
-			every = followLost
-		}
-		g.mu.Unlock()
-		if !sleep(ctx, every, nil) {
+		if !sleep(ctx, followEvery, nil) {
 			return
 		}
 	}
 }
 
 // refresh reads what is new in the log and takes it in. It reads from the last entry known: when that is another one now,
-// the database has lost entries, and the log is read anew.
+// the database has lost entries, and the log is read anew. While it is shorter than what is known its own last entry is looked
+// at, so that what follows the loss is seen as soon as anything else.
 func (g *Group) refresh(ctx context.Context) error {
 	fail := func(err error) error {
 		return fmt.Errorf("reading the log of group %s: %w", g.cfg.Group, err)
@@ -77,8 +67,17 @@ func (g *Group) refresh(ctx context.Context) error {
 		return fail(ctx.Err())
 	}
 	g.mu.Lock()
-	from := max(1, g.state.Next-1)
+	from, lost, left := max(1, g.state.Next-1), g.lost, g.left
 	g.mu.Unlock()
+	if lost {
+		entries, err := g.cfg.Manifest.Log(ctx, g.cfg.Group, uint64(max(1, left)))
+		if err != nil {
+			return fail(err)
+		}
+		if g.unchanged(entries, left) {
+			return nil
+		}
+	}
 	entries, err := g.cfg.Manifest.Log(ctx, g.cfg.Group, from)
 	if err != nil {
 		return fail(err)
@@ -96,6 +95,16 @@ func (g *Group) refresh(ctx context.Context) error {
 		return fail(err)
 	}
 	return nil
+}
+
+// unchanged tells whether entries, read from the last one left of a log that has lost some, are that one alone.
+func (g *Group) unchanged(entries []Entry, left int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if left == 0 {
+		return len(entries) == 0
+	}
+	return len(entries) == 1 && markOf(entries[0]) == g.trail[left-1]
 }
 
 // joins tells whether entries, read from the last known one, go on from there.
@@ -153,7 +162,7 @@ func (g *Group) replace(entries []Entry) error {
 		g.log.Error("the database has lost entries of the group log: run `pkictl hsm verify`",
 			"known", len(g.trail), "from", at+1, "length", len(trail), "others_in_their_place", !shorter)
 	}
-	if g.lost = shorter; shorter {
+	if g.lost, g.left = shorter, len(trail); shorter {
 		return nil
 	}
 	changed := map[hsm.KeyID]bool{}

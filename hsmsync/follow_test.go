@@ -109,7 +109,6 @@ func TestALogThatWentOnOtherwiseIsFollowed(t *testing.T) {
 
 func TestOneLostEntryInTheMiddleIsNoticed(t *testing.T) {
 	inBed(t, func(t *testing.T, b *bed) {
-		time.Sleep(50 * time.Millisecond) // on the bubble's clock: no reading falls between the next lines
 		b.chain.cut(1)
 		other := b.record
 		other.Label = "another"
@@ -117,6 +116,55 @@ func TestOneLostEntryInTheMiddleIsNoticed(t *testing.T) {
 		b.chain.enter(t, "drain", "b", hsmsync.Note{})
 		settle()
 		b.expect("active drained active")
+	})
+}
+
+// What follows a loss takes effect as soon as anything else, also when the log was read between the two.
+func TestWhatFollowsALossThatWasSeenIsFollowedAtOnce(t *testing.T) {
+	for name, lose := range map[string]int{"one entry": 1, "several": 4, "all": 100} {
+		t.Run(name, func(t *testing.T) {
+			inBed(t, func(t *testing.T, b *bed) {
+				b.chain.mu.Lock()
+				whole := b.chain.entries
+				b.chain.mu.Unlock()
+				b.chain.cut(min(lose, len(whole)))
+				settle()
+				b.chain.mu.Lock()
+				before := b.chain.reads
+				b.chain.mu.Unlock()
+				time.Sleep(time.Minute)
+				b.chain.mu.Lock()
+				if n := b.chain.reads - before; n > 121 { // one row twice a second
+					t.Errorf("%d entries were read in a minute in which nothing happened", n)
+				}
+				left := len(b.chain.entries)
+				b.chain.entries = append(b.chain.entries[:left:left], whole[left:]...)
+				b.chain.mu.Unlock()
+				b.chain.enter(t, "drain", "a", hsmsync.Note{})
+				time.Sleep(time.Second)
+				b.expect("drained active active")
+				b.chain.cut(2)
+				time.Sleep(time.Second) // a reading falls between
+				b.chain.enter(t, "standby", "b", hsmsync.Note{})
+				time.Sleep(time.Second)
+				b.expect("active standby active")
+			})
+		})
+	}
+}
+
+// The last entry says what the last one known says; those before it are others.
+func TestALossBeforeTheSameWordsIsNoticed(t *testing.T) {
+	inBed(t, func(t *testing.T, b *bed) {
+		b.chain.enter(t, "standby", "b", hsmsync.Note{})
+		b.chain.enter(t, "recover", "a", hsmsync.Note{})
+		settle()
+		b.expect("active standby active")
+		b.chain.cut(2)
+		b.chain.enter(t, "drain", "c", hsmsync.Note{})
+		b.chain.enter(t, "recover", "a", hsmsync.Note{})
+		settle()
+		b.expect("active active drained")
 	})
 }
 

@@ -119,7 +119,8 @@ type Group struct {
 	state   *State // what the log amounts to, as last read
 	trail   []mark // of its entries, to find where the log read anew differs
 	read    bool   // the log has been read at least once
-	lost    bool   // the log was seen to be shorter than state
+	lost    bool   // the log was seen to be shorter than state,
+	left    int    // and to have so many entries
 	members []*member
 	keys    map[hsm.KeyID]*Key // live ones
 	launch  func(*member)      // starts a member's goroutines; nil while Run does not run
