@@ -86,7 +86,7 @@ func (c *Coordinator) createAct(ctx context.Context, f Founding) (Act, []Candida
 		if l.Site != "" {
 			as += ", site " + l.Site
 		}
-		detail["member "+l.Name] = fmt.Sprintf("%s, %s, transport %s", l.Address, as, l.Transport)
+		detail[founder+l.Name] = fmt.Sprintf("%s, %s, transport %s", l.Address, as, l.Transport)
 		all = append(all, Candidate{f.Members[i], l.TokenSerial, l.TokenLabel, l.Transport})
 	}
 	return Act{ActCreateGroup, c.cfg.Group, detail}, all, nil
@@ -112,8 +112,9 @@ func (f Founding) check(p Policy) error {
 }
 
 // CreateGroup begins a group, as people have approved (CreateAct): it enters the approval, sets the group up (Setup) and has
-// its members learn the site epoch. The name must be new. Repeating it with the same approval after an interruption goes on
-// from what is there.
+// its members learn the site epoch. The name must be new, or that of a group that was begun and not finished (State.Unfinished):
+// repeating it with the same approval goes on from what is there; so does a new one, be it for the same or for other members, if
+// it names all that have been entered.
 func (c *Coordinator) CreateGroup(ctx context.Context, f Founding, grant []byte) error {
 	if err := c.createGroup(ctx, f, grant); err != nil {
 		return fmt.Errorf("creating group %s: %w", c.cfg.Group, err)
@@ -131,6 +132,7 @@ func (c *Coordinator) createGroup(ctx context.Context, f Founding, grant []byte)
 		return err
 	}
 	if _, err := c.decide(ctx, func(s *State) (*Entry, error) {
+		unfinished := len(s.Unfinished()) > 0
 		switch {
 		case s.Deleted:
 			return nil, errors.New("it was deleted, and its name is not used again: choose another")
@@ -140,6 +142,13 @@ func (c *Coordinator) createGroup(ctx context.Context, f Founding, grant []byte)
 			return nil, nil // interrupted
 		case c.dry != nil && len(grant) == 0 && s.Created.of(act):
 			return nil, nil // with the approval that it has it would go on
+		case unfinished && s.Created.of(act):
+			return nil, nil // the first approval has expired meanwhile
+		case unfinished:
+			if err := f.follows(s); err != nil {
+				return nil, err
+			}
+			return entry(eventCreated, subjectGroup, Note{Why: f.Why, Approved: evidence})
 		}
 		return nil, errors.New("it is there already")
 	}); err != nil {
@@ -159,6 +168,42 @@ func (c *Coordinator) createGroup(ctx context.Context, f Founding, grant []byte)
 			return there.State != MemberActive && there.State != MemberStandby
 		})
 	})
+}
+
+// follows refuses a founding that leaves out, or brings back, whom the unfinished one before it has entered.
+func (f Founding) follows(s *State) error {
+	named := map[string]Member{}
+	for _, m := range f.Members {
+		if named[m.Name] = m; s.members[m.Name] != nil && s.members[m.Name].State == MemberRemoved {
+			return fmt.Errorf("member %s was removed from it: leave it out, and enroll it when the group is complete", m.Name)
+		}
+	}
+	for _, m := range s.Members() {
+		if n := named[m.Name]; n.Name == "" {
+			return fmt.Errorf("it was begun before, and %s was entered as a member: name it as well, or remove it first", m.Name)
+		} else if n.Address != m.Address || n.Site != m.Site || n.Standby != m.Standby {
+			return fmt.Errorf("it was begun before, and %s was entered at %s, site %q, standby %t: name it so, or remove it first", m.Name, m.Address, m.Site, m.Standby)
+		}
+	}
+	return nil
+}
+
+// founder begins the name of the detail that describes a member in the act of creating a group.
+const founder = "member "
+
+// founders are the members that people approved a group to begin with, by name.
+func (n Note) founders() (names []string) {
+	var r identity.Request
+	if json.Unmarshal(n.Request, &r) != nil {
+		return nil
+	}
+	for what := range r.Detail {
+		if name, ok := strings.CutPrefix(what, founder); ok {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // of tells whether what people approved is exactly this act.

@@ -3,6 +3,7 @@ package hsmsync_test
 import (
 	"context"
 	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -116,6 +117,63 @@ func TestCreatingAGroupGoesOnAfterACrashAtAnyPoint(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// The approval of a creation that was interrupted expires, or a member is found to be broken: a new one finishes it, or ends it.
+func TestAnInterruptedCreationIsFinishedOrEnded(t *testing.T) {
+	interrupted := func(t *testing.T, d *desk) hsmsync.Founding { // b and c have been entered and do not serve
+		f := founding()
+		d.at["b"].with("import-domain", dead)
+		if d.c.CreateGroup(t.Context(), f, d.agreed(f)) == nil {
+			t.Fatal("created")
+		}
+		d.at["b"].with("import-domain", nil)
+		if got := d.state().Unfinished(); !slices.Equal(got, []string{"a", "b", "c"}) {
+			t.Fatalf("unfinished: %v", got)
+		}
+		time.Sleep(25 * time.Hour)
+		return f
+	}
+	for name, test := range map[string]func(*testing.T, *desk, hsmsync.Founding){
+		"as it was begun": func(t *testing.T, d *desk, f hsmsync.Founding) {
+			good(t, d.c.CreateGroup(t.Context(), f, d.agreed(f)))
+			d.expect("a active, b active, c standby")
+			if n := strings.Count(strings.Join(d.chain.events(), " "), "created"); n != 1 {
+				t.Errorf("it began %d times", n)
+			}
+		},
+		"with another member": func(t *testing.T, d *desk, f hsmsync.Founding) {
+			d.newcomer("d")
+			f.Members = crew("a", "c", "d")
+			failed(t, d.c.CreateGroup(t.Context(), f, d.agreed(f)), "b was entered", "remove it first")
+			good(t, d.c.Remove(t.Context(), "b", "broken"))
+			failed(t, d.c.CreateGroup(t.Context(), f, d.agreed(f)), "standby true")
+			f.Members[1].Standby = true
+			failed(t, d.c.CreateGroup(t.Context(), f, nil), "2 people")
+			old := f
+			old.Members = append(crew("b"), f.Members...)
+			failed(t, d.c.CreateGroup(t.Context(), old, d.agreed(old)), "b was removed")
+			good(t, d.c.CreateGroup(t.Context(), f, d.agreed(f)))
+			d.expect("a active, c standby, d active")
+		},
+		"not at all": func(t *testing.T, d *desk, f hsmsync.Founding) {
+			act, err := d.c.DeleteAct(t.Context(), "never mind")
+			good(t, err)
+			good(t, d.c.DeleteGroup(t.Context(), "never mind", d.grant(act, time.Hour)))
+			if !d.state().Deleted {
+				t.Error("it goes on")
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atEmptyDesk(t, func(t *testing.T, d *desk) {
+				test(t, d, interrupted(t, d))
+				if got := d.state().Unfinished(); len(got) > 0 {
+					t.Errorf("unfinished: %v", got)
+				}
+			})
+		})
 	}
 }
 

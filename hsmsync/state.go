@@ -263,6 +263,22 @@ func (s *State) Members() []GroupMember {
 	return out
 }
 
+// Unfinished names the members with which the group was to begin and which do not serve yet: its creation was interrupted.
+// There are none once it has had a key.
+func (s *State) Unfinished() []string {
+	if s.Next == 1 || s.Deleted || len(s.order) > 0 {
+		return nil
+	}
+	founders := s.Created.founders()
+	if len(founders) == 0 && len(s.in(MemberActive, MemberStandby)) == 0 { // set up by the ceremony
+		founders = slices.Sorted(maps.Keys(s.members))
+	}
+	return slices.DeleteFunc(founders, func(name string) bool {
+		m := s.members[name]
+		return m != nil && m.State != MemberJoining
+	})
+}
+
 // Member is the member of that name, unless it was removed.
 func (s *State) Member(name string) (GroupMember, bool) {
 	if m := s.members[name]; m != nil && m.State != MemberRemoved {

@@ -36,14 +36,16 @@ type groupInfo struct {
 	Members  map[string]string `json:"members"` // state by name
 	Keys     map[string]int    `json:"keys"`    // number by state
 	Policy   policyView        `json:"policy"`
-	Why      string            `json:"why,omitempty"`         // it was created, or deleted
-	By       []string          `json:"approved_by,omitempty"` // the same
+	// Incomplete names the members with which it was to begin and which do not serve yet.
+	Incomplete []string `json:"incomplete,omitempty"`
+	Why        string   `json:"why,omitempty"`         // it was created, or deleted
+	By         []string `json:"approved_by,omitempty"` // the same
 }
 
 func infoOf(name string, st *hsmsync.State) groupInfo {
 	i := groupInfo{
 		Name: name, Deleted: st.Deleted, Since: st.Last.Created, Position: st.Last.N, Members: map[string]string{}, Keys: map[string]int{}, Policy: viewOf(st.Policy),
-		Why: st.Created.Why, By: st.Created.By,
+		Incomplete: st.Unfinished(), Why: st.Created.Why, By: st.Created.By,
 	}
 	if st.Deleted {
 		i.Why, i.By = st.Ended.Why, st.Ended.By
@@ -59,7 +61,10 @@ func infoOf(name string, st *hsmsync.State) groupInfo {
 
 func (i groupInfo) text(w io.Writer) {
 	state := "in use"
-	if i.Deleted {
+	switch {
+	case len(i.Incomplete) > 0:
+		state = "incomplete"
+	case i.Deleted:
 		state = "deleted " + i.Since.UTC().Format(time.RFC3339)
 	}
 	var keys []string
@@ -101,6 +106,12 @@ func (a *app) groupList() *cobra.Command {
 			for _, g := range all {
 				g.text(w)
 			}
+			for _, g := range all {
+				if len(g.Incomplete) > 0 {
+					fmt.Fprintf(w, "group %s is incomplete: %s to serve. Repeat \"pkictl hsm group create %s\" as it was begun, or with a new approval; or end it with \"pkictl hsm group delete %s\"\n",
+						g.Name, strings.Join(g.Incomplete, " and ")+map[bool]string{true: " has yet", false: " have yet"}[len(g.Incomplete) == 1], g.Name, g.Name)
+				}
+			}
 		}),
 	}
 }
@@ -125,7 +136,9 @@ func (a *app) groupCreate() *cobra.Command {
 		Short: "Begin a new group of new HSMs, while everything goes on",
 		Long: `Begin a new group of new HSMs, while everything goes on. Their agents must run and their tokens be initialised and blank. One of them makes the
 group's domain key, the others are given it, wrapped for the transport key of exactly the tokens that were approved. The policy is set as by
-"pkictl hsm policy"; what is not set has its default. The command may be repeated with the same approval after any failure, and goes on where it stopped.
+"pkictl hsm policy"; what is not set has its default. The command may be repeated after any failure, and goes on where it stopped: with the same approval, or with a new one once
+that has expired. A new one may be for other members, if it names those that were entered already and have not been removed since (pkictl hsm remove).
+"pkictl hsm group list" calls such a group incomplete; "pkictl hsm group delete" ends it.
 
 Name at least one HSM more than the policy wants copies of a key: while one is away no key can be made otherwise. In a demo the addresses of
 its HSM agents are known; "pkictl demo add hsmd-d" adds one.

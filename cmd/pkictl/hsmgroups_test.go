@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -26,6 +28,55 @@ func (l *groupLab) list(args ...string) []map[string]any {
 		l.t.Fatalf("pkictl %s: %v\n%s", strings.Join(args, " "), err, r.out)
 	}
 	return v
+}
+
+// cutOff is a record that takes no members.
+type cutOff struct{ *hsmsync.Record }
+
+func (c cutOff) Append(ctx context.Context, group string, e hsmsync.Entry) error {
+	if e.Event == "member" {
+		return errors.New("connection lost")
+	}
+	return c.Record.Append(ctx, group, e)
+}
+
+// A group whose creation was interrupted is listed as such, with the ways on, and can be ended.
+func TestAGroupThatWasBegunIsShownAsIncomplete(t *testing.T) {
+	l := newGroupLab(t)
+	third, fourth := l.Start("hsmd-c"), l.Start("hsmd-d")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c, err := hsmsync.NewCoordinator(hsmsync.CoordinatorConfig{
+		Group: "half", Identity: l.Identity(identity.RoleSync, "sync1"), Chain: cutOff{hsmsync.NewManifest(dbtest.Open(t, l.database))}, Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	f := hsmsync.Founding{Members: []hsmsync.Member{{Name: third.Name, Address: third.Addr}, {Name: fourth.Name, Address: fourth.Addr}}, Why: "a test"}
+	act, _, err := c.CreateAct(ctx, f)
+	if err == nil {
+		err = c.CreateGroup(ctx, f, l.Approved(act.Action, act.Object, act.Detail))
+	}
+	if err == nil || !strings.Contains(err.Error(), "connection lost") {
+		t.Fatal(err)
+	}
+	if all := l.list("hsm", "group", "list"); all[0]["name"] != "half" || fmt.Sprint(all[0]["incomplete"]) != "[hsmd-c hsmd-d]" || all[1]["incomplete"] != nil {
+		t.Errorf("%v", all)
+	}
+	for _, want := range []string{"half   incomplete", "main   in use", "hsmd-c and hsmd-d have yet to serve", "pkictl hsm group delete half"} {
+		if r := l.run(exitOK, "hsm", "group", "list"); !strings.Contains(r.out, want) {
+			t.Errorf("no %q in:\n%s", want, r.out)
+		}
+	}
+	request := filepath.Join(t.TempDir(), "delete.json")
+	remove := []string{"hsm", "group", "delete", "half", "--why", "never mind"}
+	l.object(exitOK, l.proposing(append(slices.Clone(remove), "--request-out", request)...)...)
+	l.approve(request)
+	l.object(exitOK, append(slices.Clone(remove), "--grant", request)...)
+	if all := l.list("hsm", "group", "list"); len(all) != 2 || all[1]["name"] != "half" || all[1]["deleted"] != true || all[1]["incomplete"] != nil {
+		t.Errorf("%v", all)
+	}
 }
 
 // Phases: a second group by request and approvals; which group is meant; status; an HSM in two groups; deletion, refused and done.
