@@ -1,10 +1,14 @@
 package db_test
 
 import (
+	"context"
+	"database/sql"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"trivet/db"
 	"trivet/db/dbtest"
@@ -48,4 +52,84 @@ func BenchmarkIssue(b *testing.B) {
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "certs/s")
 		})
 	}
+}
+
+// BenchmarkPartitions is what DDL on intent_tbs costs the whole cluster, since nobody commits while it runs: how long it takes, and the longest that
+// a batch of intents took meanwhile on each of two nodes, beside the longest before it.
+func BenchmarkPartitions(b *testing.B) {
+	for _, rows := range []int{0, 50_000, 250_000} {
+		b.Run(fmt.Sprintf("rows=%d", rows), func(b *testing.B) {
+			c := cluster.Need(b)
+			cfg := c.New(b)
+			s := dbtest.Open(b, cfg)
+			for n := 0; b.Loop(); n++ {
+				day := time.Now().UTC().AddDate(0, 0, 20+n)
+				name := "p" + day.Format("20060102")
+				table := cfg.Name + ".intent_tbs"
+				make := fmt.Sprintf("ALTER TABLE %s REORGANIZE PARTITION later INTO (PARTITION %s VALUES LESS THAN ('%s'), PARTITION later VALUES LESS THAN (MAXVALUE))",
+					table, name, day.AddDate(0, 0, 1).Format(time.DateOnly))
+				b.ReportMetric(float64(stall(b, cfg, "", func() { c.Exec(b, 0, make) }).Milliseconds()), "make-ms")
+				for at := 0; at < rows; at += 2500 {
+					_, err := s.Write(soon(b), "fill", func(ctx context.Context, tx *sql.Tx) error {
+						_, err := tx.ExecContext(ctx, `INSERT INTO intent_tbs WITH RECURSIVE n AS (SELECT ? AS i UNION ALL SELECT i + 1 FROM n WHERE i < ?)
+							SELECT 'demo-g1', CONCAT(UNHEX(LPAD(HEX(i), 16, '0')), RANDOM_BYTES(12)), ?, RANDOM_BYTES(520) FROM n`, at, at+2499, day.Format(time.DateOnly))
+						return err
+					})
+					if err != nil {
+						b.Fatal(err)
+					}
+				}
+				drop := "ALTER TABLE " + table + " DROP PARTITION " + name
+				b.ReportMetric(float64(stall(b, cfg, "drop", func() { c.Exec(b, 0, drop) }).Milliseconds()), "drop-ms")
+			}
+		})
+	}
+}
+
+// stall runs ddl while intents are committed on two nodes, and returns how long it took; with a prefix it reports the longest commits before and meanwhile.
+func stall(b *testing.B, cfg db.Config, prefix string, ddl func()) time.Duration {
+	b.Helper()
+	var mu sync.Mutex
+	var took []time.Duration
+	ctx, stop := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for w := range 2 {
+		s := dbtest.Open(b, prefer(cfg, w))
+		wg.Go(func() {
+			for n := 0; ctx.Err() == nil; n++ {
+				began := time.Now()
+				insert(b, s, withTBS(began, w, n), withTBS(began, w, n, "second"))
+				mu.Lock()
+				took = append(took, time.Since(began))
+				mu.Unlock()
+			}
+		})
+	}
+	longest := func() (d time.Duration) {
+		mu.Lock()
+		defer mu.Unlock()
+		d = slices.Max(took)
+		took = took[:0]
+		return d
+	}
+	enough := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(took) >= 200
+	}
+	dbtest.Until(b, "intents are committed", enough)
+	longest()
+	dbtest.Until(b, "intents are committed", enough)
+	before := longest()
+	began := time.Now()
+	ddl()
+	d := time.Since(began)
+	dbtest.Until(b, "intents are committed", enough)
+	if prefix != "" {
+		b.ReportMetric(float64(before.Milliseconds()), "longest-before-ms")
+		b.ReportMetric(float64(longest().Milliseconds()), "longest-at-"+prefix+"-ms")
+	}
+	stop()
+	wg.Wait()
+	return d
 }

@@ -336,9 +336,11 @@ func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit 
 			i.TBS = notEmpty(i.TBS)
 			out = append(out, i)
 			return err
-		}, "SELECT "+strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1)+" FROM intent i FORCE INDEX (created)"+join+`
-			LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial
-			WHERE i.created >= ? AND i.created < ? AND o.serial IS NULL ORDER BY i.created LIMIT ?`, micros(from), before, limit)
+		}, "SELECT "+strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1)+` FROM (
+			SELECT c.issuer, c.serial FROM intent c FORCE INDEX (created)
+				LEFT JOIN outcome o ON o.issuer = c.issuer AND o.serial = c.serial
+				WHERE c.created >= ? AND c.created < ? AND o.serial IS NULL ORDER BY c.created LIMIT ?
+			) open JOIN intent i ON i.issuer = open.issuer AND i.serial = open.serial`+join+" ORDER BY i.created", micros(from), before, limit)
 	})
 	if err != nil {
 		return nil, err

@@ -258,6 +258,7 @@ func TestAccountsMayAddButNotChange(t *testing.T) {
 		return err
 	}
 	for _, q := range []string{"UPDATE outcome SET der = NULL", "DELETE FROM revocation", "DELETE FROM feed", "UPDATE intent SET tbs = ''", "DROP TABLE feed",
+		"UPDATE intent_tbs SET tbs = ''", "DELETE FROM intent_tbs", "DROP TABLE intent", "ALTER TABLE intent DROP COLUMN tbs", "DELETE FROM intent_tbs_turn",
 		"REPLACE INTO site_epoch VALUES (1, 'x', NOW())", "INSERT INTO group_log VALUES ('ca', 1, 'live', 'k', '', '', NOW())", "CREATE TABLE x (a INT PRIMARY KEY)", "SET GLOBAL read_only = 0"} {
 		if err := exec(ca, q); db.ClassOf(err) != db.Fatal {
 			t.Errorf("ca: %s: %v", q, err)
@@ -268,6 +269,12 @@ func TestAccountsMayAddButNotChange(t *testing.T) {
 	}
 	if rows := checkLanes(t, ocsp); len(rows) != 1 {
 		t.Errorf("ocsp reads %d feed rows", len(rows))
+	}
+	if state, err := ca.KeepTBS(soon(t), db.TBSKeeping{Node: "ca1", Keep: 24 * time.Hour, Ahead: 9}); err != nil || state.Made != 2 && state.Made != 3 || state.Ahead(time.Now()) < 9 {
+		t.Errorf("ca keeps partitions: %+v, %v", state, err)
+	}
+	if _, err := fsck.KeepTBS(soon(t), db.TBSKeeping{Node: "ca1", Keep: 24 * time.Hour, Ahead: 20}); db.ClassOf(err) != db.Fatal {
+		t.Errorf("fsck made partitions: %v", err)
 	}
 	inc := incarnation(1)
 	if err := ocsp.InsertMember(soon(t), db.Member{VA: "ocsp1", N: 1, Event: "in", Policy: "strict", Address: "a", Incarnation: inc[:]}); err != nil {

@@ -50,6 +50,24 @@ func ReadStages(metrics io.Reader, histogram string) (map[string]Stage, error) {
 	return stages, nil
 }
 
+// ReadGauges reads those of the named gauges without labels that a process's metrics hold.
+func ReadGauges(metrics io.Reader, names ...string) (map[string]float64, error) {
+	parser := expfmt.NewTextParser(model.LegacyValidation)
+	families, err := parser.TextToMetricFamilies(metrics)
+	if err != nil {
+		return nil, fmt.Errorf("reading metrics: %w", err)
+	}
+	gauges := make(map[string]float64)
+	for _, name := range names {
+		for _, m := range families[name].GetMetric() {
+			if m.GetGauge() != nil && len(m.GetLabel()) == 0 {
+				gauges[name] = m.GetGauge().GetValue()
+			}
+		}
+	}
+	return gauges, nil
+}
+
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // Since returns what was observed after an earlier reading of the same process.

@@ -64,3 +64,28 @@ func TestStagesAreReadFromMetrics(t *testing.T) {
 		t.Errorf("of nothing: %v %v", none.Mean(), none.Quantile(.5))
 	}
 }
+
+func TestGaugesAreReadFromMetrics(t *testing.T) {
+	set, labelled := prometheus.NewGauge(prometheus.GaugeOpts{Name: "set"}), prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "labelled"}, []string{"node"})
+	r := prometheus.NewRegistry()
+	r.MustRegister(set, labelled)
+	set.Set(-1)
+	labelled.WithLabelValues("a").Set(1)
+	families, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text bytes.Buffer
+	for _, f := range families {
+		if _, err := expfmt.MetricFamilyToText(&text, f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := health.ReadGauges(&text, "set", "labelled", "unknown")
+	if err != nil || len(got) != 1 || got["set"] != -1 {
+		t.Errorf("%v, %v", got, err)
+	}
+	if _, err := health.ReadGauges(bytes.NewReader([]byte("{{")), "set"); err == nil {
+		t.Error("nonsense was read")
+	}
+}

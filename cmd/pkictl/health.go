@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -30,9 +31,18 @@ type processHealth struct {
 	Role    string         `json:"role"`
 	Address string         `json:"address"`
 	OK      bool           `json:"ok"`
-	Cause   string         `json:"cause,omitempty"`  // why not
-	Report  *health.Report `json:"report,omitempty"` // what the process says; databases have none
-	Stages  []stageTime    `json:"stages,omitempty"` // with --verbose, of a CA node since it started
+	Cause   string         `json:"cause,omitempty"`      // why not
+	Report  *health.Report `json:"report,omitempty"`     // what the process says; databases have none
+	Stages  []stageTime    `json:"stages,omitempty"`     // with --verbose, of a CA node since it started
+	TBS     *storedTBS     `json:"stored_tbs,omitempty"` // with --verbose, of a CA node
+}
+
+// storedTBS is how the database keeps TBSCertificates, as a CA node found it within the last hour or two.
+type storedTBS struct {
+	DaysAhead   int   `json:"days_ahead"`   // that have a partition already; below 0: the node has not looked yet
+	DaysOverdue int   `json:"days_overdue"` // whose partition stays because some intent has no outcome
+	Bytes       int64 `json:"bytes"`        // estimated, on one database node
+	OldNodes    int   `json:"old_nodes"`    // while there are any, new ones stay in the rows of intents
 }
 
 // stageTime is how long requests (or batches) took in one stage of issuing.
@@ -54,7 +64,8 @@ cannot. In a demo every process is asked; with --config the CA nodes under admin
 unless all is well.
 
 With --verbose each CA node also says how long requests took in each stage of issuing since it started: wait (for their turn), check, build (and
-lint) and queue of a request; intent, sign, outcome and release of a batch of them.`,
+lint) and queue of a request; intent, sign, outcome and release of a batch of them. And it says how the database's partitions of TBSCertificates
+are: for how many days to come there are some, how many days could not be dropped because an intent has no outcome, and their size.`,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (healthReport, error) {
 			cl, err := a.newClient("sre")
@@ -101,6 +112,7 @@ lint) and queue of a request; intent, sign, outcome and release of a batch of th
 				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Name, p.Role, p.Address, state, strings.Join(can, " "), strings.Join(cannot, "; "))
 			}
 			writeStages(w, r.Processes)
+			writeTBS(w, r.Processes)
 		}),
 	}
 	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also show how long each stage of issuing takes")
@@ -115,6 +127,18 @@ func writeStages(w io.Writer, processes []processHealth) {
 		for _, s := range p.Stages {
 			fmt.Fprintf(w, "\t%s\t%d\t%.1f ms\t%.1f ms\t%.1f ms\n", s.Name, s.Count, s.MeanMS, s.P50MS, s.P99MS)
 		}
+	}
+}
+
+func writeTBS(w io.Writer, processes []processHealth) {
+	head := "\nSTORED TBS\tDAYS AHEAD\tDAYS OVERDUE\tSIZE\tOLD NODES\n"
+	for _, p := range processes {
+		if p.TBS == nil || p.TBS.DaysAhead < 0 {
+			continue
+		}
+		fmt.Fprint(w, head)
+		fmt.Fprintf(w, "%s\t%d\t%d\t%.1f MB\t%d\n", p.Name, p.TBS.DaysAhead, p.TBS.DaysOverdue, float64(p.TBS.Bytes)/1e6, p.TBS.OldNodes)
+		head = ""
 	}
 }
 
@@ -164,7 +188,18 @@ func (c *client) ask(ctx context.Context, p *processHealth, verbose bool) {
 		return
 	}
 	err := c.fetch(ctx, p, "/metrics", func(body io.Reader) error {
-		stages, err := health.ReadStages(body, health.CAStages)
+		text, err := io.ReadAll(body)
+		if err != nil {
+			return err
+		}
+		g, err := health.ReadGauges(bytes.NewReader(text), "trivet_ca_tbs_days_ahead", "trivet_ca_tbs_days_overdue", "trivet_ca_tbs_bytes", "trivet_ca_tbs_old_nodes")
+		if err != nil {
+			return err
+		}
+		if _, known := g["trivet_ca_tbs_days_ahead"]; known {
+			p.TBS = &storedTBS{int(g["trivet_ca_tbs_days_ahead"]), int(g["trivet_ca_tbs_days_overdue"]), int64(g["trivet_ca_tbs_bytes"]), int(g["trivet_ca_tbs_old_nodes"])}
+		}
+		stages, err := health.ReadStages(bytes.NewReader(text), health.CAStages)
 		for _, name := range health.CAStageOrder {
 			if s, known := stages[name]; known {
 				ms := func(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
