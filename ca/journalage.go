@@ -21,6 +21,7 @@ const journalAcknowledged = "journal-behind-acknowledged"
 const (
 	journalSlack = time.Hour           // around an intent's time in which its journal record is looked for
 	journalSpan  = 90 * 24 * time.Hour // how far back a node's newest intent is looked for
+	mostForged   = 4096                // forged intents that are passed over in search of it
 )
 
 // WriterRecord is what CheckJournal asks of the database; *db.Store is it.
@@ -31,8 +32,9 @@ type WriterRecord interface {
 
 // CheckJournal compares the journal with what the database remembers of the node, before this incarnation has written anything there. Whatever a
 // journal lacks, this node cannot put back should the database lose it, and a machine that was cloned must not run twice; so a journal that lacks
-// an incarnation, or intents, is refused unless acknowledged names the incarnation, in hex. That is journalled, and counts for ever.
-func CheckJournal(ctx context.Context, record WriterRecord, j *journal.Journal, node string, acknowledged []string) error {
+// an incarnation, or intents, is refused unless acknowledged names the incarnation, in hex. That is journalled, and counts for ever. An intent for which keys
+// do not vouch proves nothing: no CA node wrote it.
+func CheckJournal(ctx context.Context, record WriterRecord, keys *db.MACKeys, j *journal.Journal, node string, acknowledged []string) error {
 	known := map[string]bool{}
 	err := j.Select(journal.Query{Kinds: []journal.Kind{journal.KindStart}}, func(e journal.Entry) error {
 		known[hex.EncodeToString(e.Incarnation[:])] = true
@@ -56,7 +58,7 @@ func CheckJournal(ctx context.Context, record WriterRecord, j *journal.Journal, 
 		}
 	}
 	if len(unknown) == 0 && newest != "" {
-		behind, err := lacksNewest(ctx, record, j, node)
+		behind, err := lacksNewest(ctx, record, keys, j, node)
 		if err != nil {
 			return err
 		}
@@ -106,12 +108,11 @@ func unacknowledged(j *journal.Journal, ids []string) ([]string, error) {
 
 // lacksNewest tells whether the newest intent that the node put into the database is missing in its journal, where every intent is first: then the
 // journal is an older copy of itself.
-func lacksNewest(ctx context.Context, record WriterRecord, j *journal.Journal, node string) (bool, error) {
-	newest, err := record.IntentsAfter(ctx, node, time.Now().Add(-journalSpan), 1)
-	if err != nil || len(newest) == 0 {
+func lacksNewest(ctx context.Context, record WriterRecord, keys *db.MACKeys, j *journal.Journal, node string) (bool, error) {
+	i, err := newestIntent(ctx, record, keys, node)
+	if err != nil || i == nil {
 		return false, err
 	}
-	i := newest[0]
 	found := errors.New("found")
 	err = j.Select(journal.Query{
 		Kinds: []journal.Kind{journal.KindIntent}, Serial: hex.EncodeToString(i.Serial), Since: i.Created.Add(-journalSlack), Until: i.Created.Add(journalSlack),
@@ -123,4 +124,23 @@ func lacksNewest(ctx context.Context, record WriterRecord, j *journal.Journal, n
 		return false, fmt.Errorf("comparing the journal with the database: %w", err)
 	}
 	return true, nil
+}
+
+// newestIntent returns the newest intent that the node wrote itself, or nil. It is the first that is looked at unless somebody else writes to the database.
+func newestIntent(ctx context.Context, record WriterRecord, keys *db.MACKeys, node string) (*db.Intent, error) {
+	for limit := 1; limit <= mostForged; limit *= 16 {
+		newest, err := record.IntentsAfter(ctx, node, time.Now().Add(-journalSpan), limit)
+		if err != nil {
+			return nil, err
+		}
+		for i := range newest {
+			if keys.Verify(&newest[i]) == nil {
+				return &newest[i], nil
+			}
+		}
+		if len(newest) < limit {
+			return nil, nil
+		}
+	}
+	return nil, fmt.Errorf("comparing the journal with the database: it holds more than %d intents in the name of %s that no CA node wrote: see docs/runbooks/forged-intent.md", mostForged, node)
 }

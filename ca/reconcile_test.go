@@ -213,13 +213,24 @@ func TestAnOlderJournalIsRefused(t *testing.T) {
 	latest := b.journal.Incarnation()
 	b.stop(t)
 	store := dbtest.Open(t, p.db)
+	// What somebody else put there in the node's name, newer than all that it did itself, is not held against its journal.
+	for i := range 20 {
+		forged := db.Intent{Issuer: "demo-g1", Serial: append([]byte{0x35, byte(i)}, bytes.Repeat([]byte{7}, 18)...), Req: bytes.Repeat([]byte{byte(i)}, 32), Body: make([]byte, 32), TBS: []byte{1},
+			Profile: "tls-server", ProfileHash: make([]byte, 32), Requester: "mallory", SiteEpoch: 1, Node: "ca1", Created: time.Now()}
+		if i%2 == 0 {
+			forged.MAC, forged.MACKey = make([]byte, 32), make([]byte, 8)
+		}
+		if _, _, err := store.InsertIntents(t.Context(), []db.Intent{forged}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	check := func(dir string, acknowledged ...string) error {
 		j, err := journal.Open(journal.Config{Dir: dir, Node: "ca1"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer j.Close()
-		return ca.CheckJournal(t.Context(), nodeAsCA{store}, j, "ca1", acknowledged)
+		return ca.CheckJournal(t.Context(), nodeAsCA{store}, catest.MACKeys(t), j, "ca1", acknowledged)
 	}
 	if err := check(a.dir); err != nil {
 		t.Errorf("the right journal: %v", err)

@@ -234,17 +234,17 @@ func (s *Store) Writers(ctx context.Context, node string) ([]Writer, error) {
 	return out, err
 }
 
-// IntentsAfter returns issuer, serial and time of up to limit intents, newest first, that node made after a time for requests, causally read.
+// IntentsAfter returns up to limit intents, newest first, that node made after a time for requests, causally read.
 func (s *Store) IntentsAfter(ctx context.Context, node string, after time.Time, limit int) ([]Intent, error) {
 	var out []Intent
 	_, err := s.Read(ctx, "intents after", "", func(ctx context.Context, c *sql.Conn) error {
 		out = nil
 		return query(ctx, c, func(r *sql.Rows) error {
 			var i Intent
-			err := r.Scan(&i.Issuer, &i.Serial, &i.Created)
+			err := r.Scan(i.dest()...)
 			out = append(out, i)
 			return err
-		}, "SELECT issuer, serial, created FROM intent FORCE INDEX (created) WHERE created > ? AND node = ? AND req IS NOT NULL ORDER BY created DESC LIMIT ?", micros(after), node, limit)
+		}, "SELECT "+intentColumns+" FROM intent FORCE INDEX (created) WHERE created > ? AND node = ? AND req IS NOT NULL ORDER BY created DESC LIMIT ?", micros(after), node, limit)
 	})
 	return out, err
 }

@@ -281,7 +281,7 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 
 // compareJournal refuses a journal that is older than the database's memory of this node.
 func (n *node) compareJournal(ctx context.Context) error {
-	err := ca.CheckJournal(ctx, n.store, n.journal, n.cfg.Node, n.cfg.AcknowledgeJournal)
+	err := ca.CheckJournal(ctx, n.store, n.second.macs, n.journal, n.cfg.Node, n.cfg.AcknowledgeJournal)
 	if errors.Is(err, ca.ErrJournalBehind) {
 		return backoff.Permanent(err)
 	}
