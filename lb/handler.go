@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strconv"
 	"time"
 
@@ -108,8 +109,10 @@ func read(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, *problem
 	switch {
 	case errors.As(err, &large):
 		return nil, problem.New(http.StatusRequestEntityTooLarge, "too-large", fmt.Sprintf("the body may have %d octets", limit))
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, problem.New(http.StatusRequestTimeout, "request-timeout", "the body took too long to arrive: send the whole request at once, and again")
 	case err != nil:
-		return nil, problem.New(http.StatusBadRequest, "malformed-request", "the body could not be read")
+		return nil, problem.New(http.StatusBadRequest, "malformed-request", "the body ended before its time")
 	}
 	return body, nil
 }

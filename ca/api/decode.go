@@ -8,6 +8,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"os"
 	"strings"
 	"unicode/utf8"
 
@@ -33,6 +34,9 @@ func decodeUpTo(w http.ResponseWriter, r *http.Request, v any, most int64) *prob
 	if err != nil {
 		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
 			return problem.New(http.StatusRequestEntityTooLarge, "too-large", fmt.Sprintf("the body is over %d octets", most))
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return problem.New(http.StatusRequestTimeout, "request-timeout", "the body took too long to arrive: send the whole request at once, and again")
 		}
 		return problem.New(http.StatusBadRequest, "malformed-request", "the body ended before its time")
 	}
