@@ -77,7 +77,7 @@ func parseCSR(in []byte) (*csr, error) {
 	}
 	parsed, err := x509.ParseCertificateRequest(der)
 	if err != nil {
-		return nil, malformed("the CSR cannot be read: %v", err)
+		return nil, malformed("the CSR cannot be read, or a name in it is not ASCII, such as bücher.example for xn--bcher-kva.example: %v", err)
 	}
 	if !slices.Contains(csrAlgorithms, parsed.SignatureAlgorithm) {
 		return nil, refuse(BadCSRSignature, "csr", "the CSR is signed with %s: use SHA-256, SHA-384 or SHA-512", parsed.SignatureAlgorithm)
