@@ -136,6 +136,13 @@ func (s *site) staysShut(t *testing.T, name, absent string) {
 	if _, err := m.issue(t, s.request(t, "new")); ca.NameOf(err) != ca.DatabaseUnavailable || !strings.Contains(err.Error(), absent) {
 		t.Fatalf("while %s is away: %v", absent, err)
 	}
+	// Nor is anything told that promises to be all there is, not even that there is nothing.
+	if err := m.rounds.Complete(t.Context(), func() error { return nil }); ca.NameOf(err) != ca.DatabaseUnavailable || !strings.Contains(err.Error(), absent) {
+		t.Fatalf("a list while %s is away: %v", absent, err)
+	}
+	if c, err := ca.NewViewer(m.engine).Certificate(t.Context(), "demo-g1", []byte{1, 2, 3}); ca.NameOf(err) != ca.DatabaseUnavailable {
+		t.Fatalf("a certificate that is not there: %v, %v", c, err)
+	}
 }
 
 // due is when a round that waits has been waiting for longer than for anybody.

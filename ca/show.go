@@ -28,6 +28,16 @@ func NewViewer(e *Engine) *Viewer { return &Viewer{e: e, shown: map[[32]byte]boo
 func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error) {
 	at := v.e.cfg.Rounds.now()
 	c, err := v.e.record.Certificate(ctx, issuer, serial)
+	if err == nil && (c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert) {
+		// That there is none is a promise too.
+		err = v.e.cfg.Rounds.Complete(ctx, func() (err error) {
+			c, err = v.e.record.Certificate(ctx, issuer, serial)
+			return err
+		})
+	}
+	if NameOf(err) != "" {
+		return nil, err
+	}
 	if err != nil {
 		return nil, databaseError("reading the certificate", err)
 	}

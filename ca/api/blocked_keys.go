@@ -92,7 +92,11 @@ func (s *server) block(c *gin.Context) {
 	q.Approvers = by
 	ctx, cancel := context.WithTimeout(c.Request.Context(), s.cfg.RevokeTimeout)
 	defer cancel()
-	done, err := s.cfg.Blocker.Block(ctx, q)
+	var done *ca.Blocking
+	err = s.cfg.Rounds.Complete(ctx, func() (err error) { // the answer names every certificate of the key
+		done, err = s.cfg.Blocker.Block(ctx, q)
+		return err
+	})
 	if err != nil {
 		s.fail(c, err)
 		return
@@ -192,7 +196,11 @@ func (s *server) listBlocked(c *gin.Context) {
 	}
 	ctx, cancel := context.WithTimeout(c.Request.Context(), s.cfg.ReadTimeout)
 	defer cancel()
-	found, err := s.cfg.Blocker.List(ctx, after, limit)
+	var found []db.BlockedKey
+	err := s.cfg.Rounds.Complete(ctx, func() (err error) {
+		found, err = s.cfg.Blocker.List(ctx, after, limit)
+		return err
+	})
 	if err != nil {
 		s.fail(c, err)
 		return
@@ -229,7 +237,11 @@ func (s *server) showBlocked(c *gin.Context) {
 	}
 	ctx, cancel := context.WithTimeout(c.Request.Context(), s.cfg.ReadTimeout)
 	defer cancel()
-	found, err := s.cfg.Blocker.Get(ctx, spki, uint32(after))
+	var found *ca.Blocking
+	err := s.cfg.Rounds.Complete(ctx, func() (err error) {
+		found, err = s.cfg.Blocker.Get(ctx, spki, uint32(after))
+		return err
+	})
 	switch {
 	case err != nil:
 		s.fail(c, err)

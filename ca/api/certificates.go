@@ -385,7 +385,14 @@ func (s *server) find(ctx context.Context, c *gin.Context) (*db.Certificate, err
 
 // onlyIssuer finds whose the serial is, among what the caller may see.
 func (s *server) onlyIssuer(ctx context.Context, c *gin.Context, serial []byte) (string, error) {
-	all, err := s.cfg.Record.CertificatesBySerial(ctx, serial)
+	var all []db.Certificate
+	err := s.cfg.Rounds.Complete(ctx, func() (err error) {
+		all, err = s.cfg.Record.CertificatesBySerial(ctx, serial)
+		return err
+	})
+	if ca.NameOf(err) != "" {
+		return "", err
+	}
 	if err != nil {
 		return "", databaseProblem(err)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/gin-gonic/gin"
 
+	"trivet/ca"
 	"trivet/db"
 	"trivet/identity"
 )
@@ -53,8 +54,15 @@ func (s *server) list(c *gin.Context) {
 	}
 	ctx, cancel := context.WithTimeout(c.Request.Context(), s.cfg.ReadTimeout)
 	defer cancel()
-	found, err := s.cfg.Record.ListCertificates(ctx, filter)
+	var found db.Page
+	err := s.cfg.Rounds.Complete(ctx, func() (err error) {
+		found, err = s.cfg.Record.ListCertificates(ctx, filter)
+		return err
+	})
 	switch {
+	case ca.NameOf(err) != "":
+		s.fail(c, err)
+		return
 	case errors.Is(err, db.ErrCursor):
 		s.fail(c, malformed("cursor", "it is none that this interface gave"))
 		return

@@ -79,7 +79,7 @@ func newSite(t *testing.T, change func(*api.Config)) *site {
 		t.Fatal(err)
 	}
 	cfg := api.Config{
-		Identity: s.id, Issuer: node.Engine, Revoker: node.Revoker, CRLs: node.CRLs, Viewer: ca.NewViewer(node.Engine), Blocker: blocker, Record: node.Store,
+		Identity: s.id, Issuer: node.Engine, Revoker: node.Revoker, CRLs: node.CRLs, Viewer: ca.NewViewer(node.Engine), Blocker: blocker, Record: node.Store, Rounds: (*ca.Rounds)(nil),
 		Journal: node.Journal, Profiles: node.Profiles, BaseURL: "http://pki.test",
 		Health: func() health.Report {
 			s.mu.Lock()

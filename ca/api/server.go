@@ -49,6 +49,11 @@ type Record interface {
 	ListCertificates(ctx context.Context, f db.Filter) (db.Page, error)
 }
 
+// Rounds says whether what read found in the database may lack something; *ca.Rounds is it. Its errors carry a *ca.Error, or are those of read.
+type Rounds interface {
+	Complete(ctx context.Context, read func() error) error
+}
+
 // Viewer shows certificates; *ca.Viewer does. What it returns may be shown, nil means that there is none. Its errors carry a *ca.Error.
 type Viewer interface {
 	Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error)
@@ -70,6 +75,7 @@ type Config struct {
 	Viewer   Viewer               //
 	Blocker  Blocker              //
 	Record   Record               //
+	Rounds   Rounds               // mandatory
 	Journal  Journal              //
 	Profiles *ca.Profiles         //
 	BaseURL  string               // where relying parties find CRLs, OCSP and issuer certificates
@@ -96,7 +102,7 @@ func New(cfg Config, on Listener) (http.Handler, error) {
 	switch {
 	case on != Public && on != Admin:
 		return nil, fmt.Errorf("api: a handler serves one listener, not %d", on)
-	case cfg.Identity == nil, cfg.Issuer == nil, cfg.Revoker == nil, cfg.CRLs == nil, cfg.Viewer == nil, cfg.Blocker == nil, cfg.Record == nil, cfg.Journal == nil, cfg.Profiles == nil,
+	case cfg.Identity == nil, cfg.Issuer == nil, cfg.Revoker == nil, cfg.CRLs == nil, cfg.Viewer == nil, cfg.Blocker == nil, cfg.Record == nil, cfg.Rounds == nil, cfg.Journal == nil, cfg.Profiles == nil,
 		cfg.Health == nil, cfg.Metrics == nil, cfg.BaseURL == "":
 		return nil, fmt.Errorf("api: a mandatory field of Config is missing")
 	}

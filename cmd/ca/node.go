@@ -265,8 +265,9 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 	}
 	for _, s := range servers {
 		handler, err := api.New(api.Config{
-			Identity: n.id, Issuer: n.engine, Revoker: n.revoker, CRLs: n.crls, Viewer: ca.NewViewer(n.engine), Blocker: blocker, Record: n.store, Journal: n.journal,
-			Profiles: n.profiles, BaseURL: n.cfg.BaseURL, Health: n.health.report, Metrics: metrics, Clock: n.engine.Clock, Log: n.log,
+			Identity: n.id, Issuer: n.engine, Revoker: n.revoker, CRLs: n.crls, Viewer: ca.NewViewer(n.engine), Blocker: blocker, Record: n.store,
+			Rounds: n.second.rounds, Journal: n.journal, Profiles: n.profiles, BaseURL: n.cfg.BaseURL, Health: n.health.report, Metrics: metrics,
+			Clock: n.engine.Clock, Log: n.log,
 		}, s.on)
 		if err != nil {
 			return err
