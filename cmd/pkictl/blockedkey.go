@@ -220,7 +220,7 @@ func blockGrant(cl *client, f *grantFlags, q *ca.BlockRequest) (identity.Grant, 
 	var act hsmsync.Act
 	act.Action, act.Object, act.Detail = q.Approval()
 	return f.grant(cl.demo, act, errBlockUnapproved, func(now time.Time, age time.Duration) (identity.Grant, error) {
-		return identity.Grant{Request: identity.NewRequest(cl.id.Principal(), act.Action, act.Object, act.Detail, now, age)}, nil
+		return cl.id.Propose(act.Action, act.Object, act.Detail, now, age) // so that whoever approves it sees that it is proved
 	})
 }
 

@@ -23,6 +23,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"trivet/ca"
 	"trivet/problem"
 )
 
@@ -114,8 +115,9 @@ func (a *app) certIssue() *cobra.Command {
 		Long: `Issue a certificate from a CSR, or make key and CSR as well.
 
 Certificate and chain are printed as PEM, or written to --out. A request that cannot be served now is repeated for as long as --wait says,
-with the same idempotency key: however often it is repeated, and whatever fails meanwhile, one certificate is made. Give your own
---idempotency-key to have the same certificate again from a later call.`,
+with the same idempotency key: however often it is repeated, and whatever fails meanwhile, one certificate is made. With --dns the request is
+kept beside the new key, in FILE.request, until the certificate is there: the same command again goes on with that key and that idempotency key.
+Give your own --idempotency-key to have the same certificate again from a later call.`,
 		Example: `  pkictl cert issue --csr server.csr --out server.pem
   pkictl cert issue --dns www.example.org --dns example.org --key-out www.key --out www.pem
   openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout k.pem -subj / -addext subjectAltName=DNS:a.example.org |
@@ -137,20 +139,21 @@ with the same idempotency key: however often it is repeated, and whatever fails 
 			if err != nil {
 				return certificate{}, err
 			}
-			csr, err := a.requestFor(csrFile, names, keyOut)
-			if err != nil {
+			if key, err = a.prepare(csrFile, names, keyOut, &req, key); err != nil {
 				return certificate{}, err
-			}
-			req.CSR = string(csr)
-			if key == "" {
-				key = newKey()
 			}
 			ctx, cancel := context.WithTimeout(ctx, wait)
 			defer cancel()
 			cert, replayed, err := a.issue(ctx, cl, req, key)
 			if err != nil {
-				if len(names) > 0 && refused(err) && os.Remove(keyOut) == nil {
-					a.sayf("removed the key again: nobody certifies it")
+				switch {
+				case len(names) > 0 && refused(err):
+					if os.Remove(keyOut) == nil {
+						a.sayf("removed the key again: nobody certifies it")
+					}
+					_ = os.Remove(unfinished(keyOut))
+				case len(names) > 0:
+					a.sayf("the key %s stays, and what was asked for with it: the same command again goes on where this one ended", keyOut)
 				}
 				return certificate{}, fmt.Errorf("issuing with idempotency key %s: %w", key, err)
 			}
@@ -164,6 +167,11 @@ with the same idempotency key: however often it is repeated, and whatever fails 
 					return certificate{}, fmt.Errorf("%w; `pkictl cert show --pem %s` prints it", err, cert.ID)
 				}
 				a.sayf("wrote %s", out)
+			}
+			if len(names) > 0 {
+				if err := os.Remove(unfinished(keyOut)); err != nil && !errors.Is(err, os.ErrNotExist) {
+					return certificate{}, fmt.Errorf("the certificate is there, and what asked for it cannot be removed: %w", err)
+				}
 			}
 			return cert, nil
 		}, func(w io.Writer, cert certificate) {
@@ -202,7 +210,7 @@ func (a *app) issue(ctx context.Context, cl *client, req issueRequest, key strin
 // refused tells whether err is a verdict on the request itself, so that there is no certificate and will be none.
 func refused(err error) bool {
 	var p *problem.Problem
-	return errors.As(err, &p) && slices.Contains([]int{400, 403, 413, 415, 422}, p.Status)
+	return errors.As(err, &p) && (slices.Contains([]int{400, 403, 413, 415, 422}, p.Status) || p.Name() == ca.RequestAbandoned)
 }
 
 // pem is the certificate and its chain without the root, which whoever trusts it has already.
@@ -212,31 +220,6 @@ func (c certificate) pem() string {
 		chain = chain[:n-1]
 	}
 	return c.Certificate + strings.Join(chain, "")
-}
-
-// requestFor reads a CSR, or makes one with a new key that goes to keyOut before anybody certifies it.
-func (a *app) requestFor(csrFile string, names []string, keyOut string) ([]byte, error) {
-	if csrFile != "" {
-		csr, err := a.readFile(csrFile)
-		if err != nil {
-			return nil, fmt.Errorf("reading the request: %w", err)
-		}
-		return csr, nil
-	}
-	if _, err := os.Stat(keyOut); err == nil {
-		return nil, fmt.Errorf("%s is there already: name another file, or use its key with --csr", keyOut)
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("looking for the key: %w", err)
-	}
-	csr, key, err := newRequest(names)
-	if err != nil {
-		return nil, err
-	}
-	if err := writeFile(keyOut, key, 0o600); err != nil {
-		return nil, err
-	}
-	a.sayf("wrote the new key %s", keyOut)
-	return csr, nil
 }
 
 // newRequest makes a P-256 key and a request for names with it, both PEM.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -194,6 +195,57 @@ func TestKeyOfARefusedRequestIsRemovedAndOthersStay(t *testing.T) {
 		if gone := os.IsNotExist(err); r.code != exitFailed || gone != (status == 422) {
 			t.Errorf("%s: exit %d, the key is gone: %v\n%s", name, r.code, gone, r.err)
 		}
+	}
+}
+
+// What was asked for and had no answer is asked for again by the same command: the same key, the same CSR, the same idempotency key.
+func TestTheSameCommandGoesOnWhereItEnded(t *testing.T) {
+	var keys, bodies []string
+	serve := false
+	config := api(t, func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		keys, bodies = append(keys, r.Header.Get("Idempotency-Key")), append(bodies, string(body))
+		if !serve {
+			p := problem.New(http.StatusServiceUnavailable, "database-unavailable", "recovery round 3 is under way")
+			p.RetryAfter = 30
+			problem.Write(w, p)
+			return
+		}
+		w.WriteHeader(http.StatusCreated)
+		_ = json.NewEncoder(w).Encode(certificate{ID: "demo-g1:01", Certificate: "LEAF\n"})
+	})
+	key := filepath.Join(t.TempDir(), "key.pem")
+	issue := func(more ...string) result {
+		return pkictl(t, append([]string{"cert", "issue", "--dns", "a.example.org", "--key-out", key, "--wait", "1s", "--config", config}, more...)...)
+	}
+	if r := issue(); r.code != exitFailed || !strings.Contains(r.err, "goes on") {
+		t.Fatalf("exit %d: %s", r.code, r.err)
+	}
+	private, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, other := range [][]string{{"--dns", "b.example.org"}, {"--profile", "other"}, {"--idempotency-key", "mine"}} {
+		if r := issue(other...); r.code != exitFailed || !strings.Contains(r.err, "another request") || len(keys) != 1 {
+			t.Errorf("%v: exit %d, %d requests: %s", other, r.code, len(keys), r.err)
+		}
+	}
+	serve = true
+	if r := issue(); r.code != exitOK || !strings.Contains(r.err, "going on with the key "+key+" and idempotency key "+keys[0]) {
+		t.Errorf("exit %d: %s", r.code, r.err)
+	}
+	if len(keys) != 2 || keys[0] != keys[1] || bodies[0] != bodies[1] {
+		t.Errorf("requests differ: %v", keys)
+	}
+	if now, _ := os.ReadFile(key); !bytes.Equal(now, private) {
+		t.Error("the key was replaced")
+	}
+	// It is done: the key is nobody else's now.
+	if r := issue(); r.code != exitFailed || !strings.Contains(r.err, "is there already") || len(keys) != 2 {
+		t.Errorf("exit %d: %s", r.code, r.err)
+	}
+	if left, _ := filepath.Glob(key + "*"); len(left) != 1 {
+		t.Errorf("left behind: %v", left)
 	}
 }
 

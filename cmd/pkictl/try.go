@@ -160,7 +160,7 @@ func (t *trier) run(ctx context.Context) error {
 // request reads the CSR or makes one, as somebody who has never heard of pkictl would.
 func (t *trier) request(ctx context.Context) (csr []byte, err error) {
 	if t.csr != "" {
-		return t.app.requestFor(t.csr, nil, "")
+		return t.app.readFile(t.csr)
 	}
 	err = t.step("make a key and a request", func() (string, string, error) {
 		file := filepath.Join(t.dir, "request.csr")
