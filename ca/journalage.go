@@ -20,8 +20,9 @@ const journalAcknowledged = "journal-behind-acknowledged"
 
 const (
 	journalSlack = time.Hour           // around an intent's time in which its journal record is looked for
-	journalSpan  = 90 * 24 * time.Hour // how far back a node's newest intent is looked for
-	mostForged   = 4096                // forged intents that are passed over in search of it
+	journalSpan  = 90 * 24 * time.Hour // how far back a node's newest intents are looked for
+	journalDepth = 200                 // how many of them
+	mostForged   = 4096                // forged intents that are passed over in search of them
 )
 
 // WriterRecord is what CheckJournal asks of the database; *db.Store is it.
@@ -58,7 +59,7 @@ func CheckJournal(ctx context.Context, record WriterRecord, keys *db.MACKeys, j 
 		}
 	}
 	if len(unknown) == 0 && newest != "" {
-		behind, err := lacksNewest(ctx, record, keys, j, node)
+		behind, err := lacksIntents(ctx, record, keys, j, node)
 		if err != nil {
 			return err
 		}
@@ -106,41 +107,61 @@ func unacknowledged(j *journal.Journal, ids []string) ([]string, error) {
 	return slices.DeleteFunc(ids, func(id string) bool { return given[id] }), nil
 }
 
-// lacksNewest tells whether the newest intent that the node put into the database is missing in its journal, where every intent is first: then the
-// journal is an older copy of itself.
-func lacksNewest(ctx context.Context, record WriterRecord, keys *db.MACKeys, j *journal.Journal, node string) (bool, error) {
-	i, err := newestIntent(ctx, record, keys, node)
-	if err != nil || i == nil {
+// lacksIntents tells whether one of the newest intents that the node put into the database is missing in its journal, where every intent is first: then
+// the journal is an older copy of itself, or another process ran beside it from one. Those from before the newest acknowledgement are forgiven.
+func lacksIntents(ctx context.Context, record WriterRecord, keys *db.MACKeys, j *journal.Journal, node string) (bool, error) {
+	newest, err := newestIntents(ctx, record, keys, node)
+	if err != nil || len(newest) == 0 {
 		return false, err
 	}
-	found := errors.New("found")
-	err = j.Select(journal.Query{
-		Kinds: []journal.Kind{journal.KindIntent}, Serial: hex.EncodeToString(i.Serial), Since: i.Created.Add(-journalSlack), Until: i.Created.Add(journalSlack),
-	}, func(journal.Entry) error { return found })
-	if errors.Is(err, found) {
-		return false, nil
-	}
+	var forgiven time.Time
+	err = j.Select(journal.Query{Kinds: []journal.Kind{journal.KindAudit}, Event: journalAcknowledged}, func(e journal.Entry) error {
+		forgiven = e.Time
+		return nil
+	})
 	if err != nil {
 		return false, fmt.Errorf("comparing the journal with the database: %w", err)
 	}
-	return true, nil
+	missing := map[string]bool{}
+	for _, i := range newest {
+		if i.Created.After(forgiven) {
+			missing[hex.EncodeToString(i.Serial)] = true
+		}
+	}
+	since, until := newest[len(newest)-1].Created.Add(-journalSlack), newest[0].Created.Add(journalSlack)
+	found := errors.New("found")
+	err = j.Select(journal.Query{Kinds: []journal.Kind{journal.KindIntent}, Since: since, Until: until}, func(e journal.Entry) error {
+		var i struct {
+			Serial string `json:"serial"`
+		}
+		if err := e.Decode(&i); err != nil {
+			return err
+		}
+		if delete(missing, i.Serial); len(missing) == 0 {
+			return found
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, found) {
+		return false, fmt.Errorf("comparing the journal with the database: %w", err)
+	}
+	return len(missing) > 0, nil
 }
 
-// newestIntent returns the newest intent that the node wrote itself, or nil. It is the first that is looked at unless somebody else writes to the database.
-func newestIntent(ctx context.Context, record WriterRecord, keys *db.MACKeys, node string) (*db.Intent, error) {
-	for limit := 1; limit <= mostForged; limit *= 16 {
-		newest, err := record.IntentsAfter(ctx, node, time.Now().Add(-journalSpan), limit)
+// newestIntents returns the newest intents that the node wrote itself, newest first: those of others are few unless somebody else writes to the database.
+func newestIntents(ctx context.Context, record WriterRecord, keys *db.MACKeys, node string) ([]db.Intent, error) {
+	for limit := journalDepth; ; limit *= 4 {
+		rows, err := record.IntentsAfter(ctx, node, time.Now().Add(-journalSpan), limit)
 		if err != nil {
 			return nil, err
 		}
-		for i := range newest {
-			if keys.Verify(&newest[i]) == nil {
-				return &newest[i], nil
-			}
-		}
-		if len(newest) < limit {
-			return nil, nil
+		own := slices.DeleteFunc(slices.Clone(rows), func(i db.Intent) bool { return keys.Verify(&i) != nil })
+		switch {
+		case len(own) >= journalDepth || len(rows) < limit:
+			return own[:min(len(own), journalDepth)], nil
+		case limit >= mostForged:
+			return nil, fmt.Errorf("comparing the journal with the database: it holds more than %d intents in the name of %s that no CA node wrote: see docs/runbooks/forged-intent.md",
+				len(rows)-len(own)-1, node)
 		}
 	}
-	return nil, fmt.Errorf("comparing the journal with the database: it holds more than %d intents in the name of %s that no CA node wrote: see docs/runbooks/forged-intent.md", mostForged, node)
 }

@@ -247,6 +247,22 @@ func TestAnOlderJournalIsRefused(t *testing.T) {
 	if err := check(older); err != nil {
 		t.Errorf("acknowledged earlier: %v", err)
 	}
+	// One that is not the newest is missing: another process ran from a copy.
+	intents, err := store.IntentsAfter(t.Context(), "ca1", time.Now().Add(-time.Hour), 100)
+	if err != nil || len(intents) != 3 {
+		t.Fatal(intents, err)
+	}
+	foreign := db.Intent{Issuer: "demo-g1", Serial: append([]byte{0x35}, bytes.Repeat([]byte{7}, 19)...), Req: bytes.Repeat([]byte{9}, 32), Body: make([]byte, 32), TBS: []byte{1}, Profile: "tls-server",
+		ProfileHash: make([]byte, 32), Requester: "somebody", SiteEpoch: 1, Node: "ca1", Created: intents[1].Created.Add(time.Millisecond)}
+	if _, _, err := store.InsertIntents(t.Context(), []db.Intent{foreign}); err != nil {
+		t.Fatal(err)
+	}
+	if err := check(a.dir); !errors.Is(err, ca.ErrJournalBehind) {
+		t.Errorf("an intent before the newest is missing: %v", err)
+	}
+	if err := check(older); err != nil {
+		t.Errorf("acknowledged later than that intent: %v", err)
+	}
 }
 
 // nodeAsCA shows the writers of a test, whose role is another, as those of CA nodes.
