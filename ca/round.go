@@ -117,6 +117,8 @@ type Rounds struct {
 	unsettled bool
 
 	conflicts, restored prometheus.Counter
+	begun               *prometheus.CounterVec
+	uncovered           prometheus.Gauge
 	gauge               *prometheus.GaugeVec
 }
 
@@ -143,15 +145,22 @@ func NewRounds(cfg RoundsConfig) (*Rounds, error) {
 			Help: "Released facts that contradict what the database holds: the operators must look."}),
 		restored: prometheus.NewCounter(prometheus.CounterOpts{Name: "trivet_ca_recovery_restored_total",
 			Help: "Facts that the database had lost and this node put back."}),
+		begun: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trivet_ca_recovery_begun_total",
+			Help: "Recovery rounds that this node began, because a loss of commits was proved or suspected."}, []string{"loss"}),
+		uncovered: prometheus.NewGauge(prometheus.GaugeOpts{Name: "trivet_ca_recovery_uncovered_nodes",
+			Help: "Absent CA nodes that the recovery round waits for because nobody can tell what they released."}),
 		gauge: prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "trivet_ca_recovery_round",
 			Help: "Newest recovery round (what=begun), the newest that ended (ended), and the one that this node has done its part in (done)."}, []string{"what"}),
 	}
 	if cfg.Metrics != nil {
-		for _, c := range []prometheus.Collector{r.conflicts, r.restored, r.gauge} {
+		for _, c := range []prometheus.Collector{r.conflicts, r.restored, r.gauge, r.begun, r.uncovered} {
 			if err := cfg.Metrics.Register(c); err != nil {
 				return nil, fmt.Errorf("registering metrics: %w", err)
 			}
 		}
+	}
+	for _, loss := range []string{"proved", "suspected"} {
+		r.begun.WithLabelValues(loss)
 	}
 	// From the start: what is held for others depends on it.
 	var err error

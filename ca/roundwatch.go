@@ -146,6 +146,9 @@ func (r *Rounds) read(ctx context.Context) (db.RoundState, error) {
 	r.state = state
 	r.gauge.WithLabelValues("begun").Set(float64(state.N))
 	r.gauge.WithLabelValues("ended").Set(float64(state.Ended))
+	if state.Open() {
+		r.uncovered.Set(0)
+	}
 	return state, nil
 }
 
@@ -310,6 +313,7 @@ func (r *Rounds) witness(ctx context.Context, state db.RoundState, cause string,
 	if err := r.note(n, cause); err != nil {
 		return err
 	}
+	r.begun.WithLabelValues(map[bool]string{true: "proved", false: "suspected"}[proved]).Inc()
 	err := r.record.BeginRound(ctx, db.Round{N: n, Node: r.cfg.Node, Cause: cause, Proved: proved})
 	if err != nil && db.ClassOf(err) != db.Duplicate {
 		return fmt.Errorf("beginning recovery round %d: %w", n, err)

@@ -62,6 +62,7 @@ type Copier struct {
 	cfg     CopierConfig
 	copies  *prometheus.CounterVec
 	lagging prometheus.Gauge
+	holding prometheus.Gauge
 
 	mu      sync.Mutex
 	log     []record // the newest, without gaps
@@ -118,12 +119,13 @@ func NewCopier(cfg CopierConfig) (*Copier, error) {
 		copies: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "trivet_ca_copies_total",
 			Help: "Batches of released records sent to a second holder, by result: held, failed, old-round, passed-over."}, []string{"result"}),
 		lagging: prometheus.NewGauge(prometheus.GaugeOpts{Name: "trivet_ca_copies_lag_records", Help: "Released records that no other node holds."}),
+		holding: prometheus.NewGauge(prometheus.GaugeOpts{Name: "trivet_ca_copies_holder", Help: "1 while another CA node takes copies of what this one releases."}),
 	}
 	for _, p := range cfg.Peers {
 		c.peers = append(c.peers, &peer{Peer: p})
 	}
 	if cfg.Metrics != nil {
-		for _, m := range []prometheus.Collector{c.copies, c.lagging} {
+		for _, m := range []prometheus.Collector{c.copies, c.lagging, c.holding} {
 			if err := cfg.Metrics.Register(m); err != nil {
 				return nil, fmt.Errorf("registering metrics: %w", err)
 			}
@@ -237,6 +239,7 @@ func (c *Copier) catchUp(ctx context.Context) {
 		if p == nil {
 			c.mu.Lock()
 			c.holder = ""
+			c.holding.Set(0)
 			c.mu.Unlock()
 			if failed := c.finish(func(*Ticket) bool { return true }, fmt.Errorf("%w: %w", ErrNoHolder, c.causes())); failed > 0 {
 				c.copies.WithLabelValues("passed-over").Add(float64(failed))
@@ -356,6 +359,7 @@ func (c *Copier) hold(p *peer) {
 	c.mu.Lock()
 	if c.held = max(c.held, p.n); p == c.peers[c.current] {
 		c.holder = p.Name
+		c.holding.Set(1)
 	}
 	c.lagging.Set(float64(c.n - min(c.n, c.held)))
 	c.mu.Unlock()
