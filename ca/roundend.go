@@ -103,6 +103,7 @@ func (r *Rounds) finish(ctx context.Context, n uint64) error {
 	r.mu.Lock()
 	r.waiting = waiting
 	r.mu.Unlock()
+	r.uncovered.Set(float64(len(why)))
 	if len(waiting) > 0 {
 		if proved && waited >= r.cfg.GiveUp {
 			r.cfg.Log.Error("commits are lost, and nobody can tell what a node released: issuing stays shut until it is back, or until `pkictl recovery acknowledge`",
@@ -230,8 +231,37 @@ func roundLane(round uint64, kind, try int) int { return int(round)*100 + try*la
 // acknowledgeAfter is the default of RoundsConfig.Absent: a node that was paused for less may release what it read before.
 const acknowledgeAfter = 10 * time.Second
 
-// AcknowledgeAbsent lets the round that is under way end without a node, on an operator's word, and returns its number.
-func AcknowledgeAbsent(ctx context.Context, record RoundRecord, node, by string) (uint64, error) {
+// Nodes returns the names of the CA nodes that the record knows: those that ever wrote, and those that have rows in the round. A node that the
+// database lost altogether is not among them.
+func Nodes(ctx context.Context, record interface {
+	WriterNodes(ctx context.Context, role string) ([]string, error)
+}, report *db.RoundReport) ([]string, error) {
+	names, err := record.WriterNodes(ctx, roleCA)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range report.Recons {
+		names = append(names, e.Node)
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
+}
+
+// acknowledging is what AcknowledgeAbsent asks of the database; *db.Store is it.
+type acknowledging interface {
+	RoundState(ctx context.Context) (db.RoundState, error)
+	Round(ctx context.Context, n uint64) (*db.RoundReport, error)
+	OpenLanes(ctx context.Context) ([]db.LaneInfo, error)
+	WriterNodes(ctx context.Context, role string) ([]string, error)
+	coverRecord
+}
+
+// ErrUnknownNode is in the chain of AcknowledgeAbsent's error for a name that the record does not know.
+var ErrUnknownNode = errors.New("the record knows no such CA node")
+
+// AcknowledgeAbsent lets the round that is under way end without a node, on an operator's word, and returns its number. A name that the record does
+// not know is refused unless unknown says that it is meant: what the database lost may include all of a node.
+func AcknowledgeAbsent(ctx context.Context, record acknowledging, node, by string, unknown bool) (uint64, error) {
 	for {
 		state, err := record.RoundState(ctx)
 		if err != nil {
@@ -246,9 +276,16 @@ func AcknowledgeAbsent(ctx context.Context, record RoundRecord, node, by string)
 		case time.Since(report.Created) < acknowledgeAfter:
 			return 0, fmt.Errorf("recovery round %d began just now: give the node %s to take part", state.N, acknowledgeAfter)
 		}
+		known, err := Nodes(ctx, record, report)
+		if err != nil {
+			return 0, err
+		}
+		if !unknown && !slices.Contains(known, node) {
+			return 0, fmt.Errorf("%w %q: it knows %s", ErrUnknownNode, node, strings.Join(known, ", "))
+		}
 		last := lastRecon(report, node)
 		if last != nil && last.Event != db.ReconBegun {
-			return state.N, nil
+			return state.N, fmt.Errorf("nothing is to be acknowledged: recovery round %d does not wait for %s, which is %s in it", state.N, node, last.Event)
 		}
 		open, err := record.OpenLanes(ctx)
 		if err != nil {

@@ -209,6 +209,21 @@ func LaneName(node string, incarnation [16]byte, index int) string {
 	return fmt.Sprintf("%s/%s/%d", node, hex.EncodeToString(incarnation[:]), index)
 }
 
+// WriterNodes returns the names of all nodes that ever wrote in a role, causally read.
+func (s *Store) WriterNodes(ctx context.Context, role string) ([]string, error) {
+	var out []string
+	_, err := s.Read(ctx, "writer nodes", "", func(ctx context.Context, c *sql.Conn) error {
+		out = nil
+		return query(ctx, c, func(r *sql.Rows) error {
+			var name string
+			err := r.Scan(&name)
+			out = append(out, name)
+			return err
+		}, "SELECT DISTINCT node FROM writer WHERE role = ? ORDER BY node", role)
+	})
+	return out, err
+}
+
 // Writer is an incarnation that opened lanes.
 type Writer struct {
 	Incarnation [16]byte

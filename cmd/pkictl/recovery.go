@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -36,12 +37,15 @@ type recoveryRound struct {
 
 type recoveryPart struct {
 	Node        string          `json:"node"`
-	State       string          `json:"state"` // begun, done, covered
+	State       string          `json:"state"` // absent, begun, done, covered
 	Incarnation string          `json:"incarnation,omitempty"`
-	By          string          `json:"by"`
-	At          time.Time       `json:"at"`
+	By          string          `json:"by,omitempty"`
+	At          time.Time       `json:"at,omitzero"`
 	Detail      json.RawMessage `json:"detail,omitempty"`
 }
+
+// nodeAbsent is the state of a node that has no row in the round that is under way.
+const nodeAbsent = "absent"
 
 func (a *app) recoveryCommand() *cobra.Command {
 	return group("recovery", "See and settle recovery after a database that lost commits",
@@ -82,6 +86,10 @@ while a round is under way. ` + "`pkictl health`" + ` says what each node does m
 				fmt.Fprintf(w, "round %d\t%s\nbegun\t%s by %s\ncause\t%s\nloss\t%s\n", round.Round, state, round.Begun.Format(time.RFC3339), round.By, round.Cause,
 					map[bool]string{true: "proved", false: "suspected"}[round.Proved])
 				for _, p := range round.Nodes {
+					if p.State == nodeAbsent {
+						fmt.Fprintf(w, "  %s\tabsent: it has not begun its part\n", p.Node)
+						continue
+					}
 					fmt.Fprintf(w, "  %s\t%s at %s by %s\t%s\n", p.Node, p.State, p.At.Format(time.RFC3339), p.By, p.Detail)
 				}
 			}
@@ -93,6 +101,7 @@ while a round is under way. ` + "`pkictl health`" + ` says what each node does m
 
 func (a *app) recoveryAcknowledge() *cobra.Command {
 	var config, node string
+	var unknown bool
 	c := &cobra.Command{
 		Use:   "acknowledge --node NAME",
 		Short: "Let a recovery round end without a node",
@@ -110,7 +119,10 @@ The account must be allowed to write to the record: the one that ` + "`pkictl in
 				return nil, err
 			}
 			defer done()
-			n, err := ca.AcknowledgeAbsent(ctx, store, node, "operator")
+			n, err := ca.AcknowledgeAbsent(ctx, store, node, "operator", unknown)
+			if errors.Is(err, ca.ErrUnknownNode) {
+				err = fmt.Errorf("%w. If the database has lost all of %s, and the others wait for it (`pkictl health`), repeat with --unknown", err, node)
+			}
 			return map[string]any{"round": n, "node": node}, err
 		}, func(w io.Writer, r map[string]any) {
 			fmt.Fprintf(w, "recovery round %v goes on without %v\n", r["round"], r["node"])
@@ -118,6 +130,7 @@ The account must be allowed to write to the record: the one that ` + "`pkictl in
 	}
 	c.Flags().StringVar(&config, "config", "", "configuration, as of pkictl init; without it the running demo's")
 	c.Flags().StringVar(&node, "node", "", "the node to go on without")
+	c.Flags().BoolVar(&unknown, "unknown", false, "even if the record does not know the node")
 	return c
 }
 
@@ -192,6 +205,17 @@ func readRecovery(ctx context.Context, store *db.Store) (recoveryReport, error) 
 			} else {
 				last[e.Node] = len(r.Nodes)
 				r.Nodes = append(r.Nodes, p)
+			}
+		}
+		if r.Ended == nil {
+			known, err := ca.Nodes(ctx, store, report)
+			if err != nil {
+				return out, err
+			}
+			for _, node := range known {
+				if _, ok := last[node]; !ok {
+					r.Nodes = append(r.Nodes, recoveryPart{Node: node, State: nodeAbsent})
+				}
 			}
 		}
 		r.Cause = strings.ToValidUTF8(r.Cause, "?")
