@@ -160,8 +160,8 @@ func newestIntents(ctx context.Context, record WriterRecord, keys *db.MACKeys, n
 		case len(own) >= journalDepth || len(rows) < limit:
 			return own[:min(len(own), journalDepth)], nil
 		case limit >= mostForged:
-			return nil, fmt.Errorf("comparing the journal with the database: it holds more than %d intents in the name of %s that no CA node wrote: see docs/runbooks/forged-intent.md",
-				len(rows)-len(own)-1, node)
+			return nil, fmt.Errorf("comparing the journal with the database: it holds %d intents in the name of %s that no CA node wrote, newer than enough of its own: see docs/runbooks/forged-intent.md",
+				len(rows)-len(own), node)
 		}
 	}
 }
