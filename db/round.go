@@ -249,17 +249,31 @@ func (s *Store) Writers(ctx context.Context, node string) ([]Writer, error) {
 	return out, err
 }
 
-// IntentsAfter returns up to limit intents, newest first, that node made after a time for requests, causally read.
+// IntentsAfter returns up to limit intents, newest first, that node made after a time for requests, causally read; with the TBSCertificate of each that
+// was not abandoned long ago.
 func (s *Store) IntentsAfter(ctx context.Context, node string, after time.Time, limit int) ([]Intent, error) {
+	place, err := s.tbsPlace(ctx)
+	if err != nil {
+		return nil, err
+	}
+	expr, join := place.column()
 	var out []Intent
-	_, err := s.Read(ctx, "intents after", "", func(ctx context.Context, c *sql.Conn) error {
+	_, err = s.Read(ctx, "intents after", "", func(ctx context.Context, c *sql.Conn) error {
 		out = nil
 		return query(ctx, c, func(r *sql.Rows) error {
 			var i Intent
-			err := r.Scan(i.dest()...)
+			var der []byte
+			err := r.Scan(append(i.dest(), &der)...)
+			if inside := TBSOf(der); inside != nil {
+				i.TBS = inside
+			}
+			i.TBS = notEmpty(i.TBS)
 			out = append(out, i)
 			return err
-		}, "SELECT "+intentColumns+" FROM intent FORCE INDEX (created) WHERE created > ? AND node = ? AND req IS NOT NULL ORDER BY created DESC LIMIT ?", micros(after), node, limit)
+		}, "SELECT "+strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1)+`, o.der FROM (
+			SELECT issuer, serial FROM intent FORCE INDEX (created) WHERE created > ? AND node = ? AND req IS NOT NULL ORDER BY created DESC LIMIT ?
+			) n JOIN intent i ON i.issuer = n.issuer AND i.serial = n.serial`+join+`
+			LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial AND o.ver = 1 ORDER BY i.created DESC`, micros(after), node, limit)
 	})
 	return out, err
 }
