@@ -175,9 +175,13 @@ func TestThousandsOfKeysAreEnrolledThroughInterruptions(t *testing.T) {
 	if n == 0 {
 		t.Skip("set TRIVET_MANY_KEYS, to 3300 for what a CloudHSM cluster holds; it takes minutes then")
 	}
-	w := newScale(t, n, "a", "b", "c")
+	sample := min(n, 200)
+	w := newScale(t, n, "a", "b", "c", "d", "e")
+	var began time.Time
+	var carrier time.Duration // processor time of the coordinators
 	told, err := json.Marshal(enrolment{w.lab.Files(identity.RoleSync, "sync2"), w.config.Chain.(oneByOne).path, w.request("c")})
 	good(t, err)
+	before := w.raw("d", sample)
 	// run enrolls in a process of its own, and calls at once that many keys have come over in this run.
 	run := func(keys int, at func(*exec.Cmd)) (copied, left int, err error) {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestCoordinatorProcess$", "-test.timeout=30m")
@@ -198,17 +202,22 @@ func TestThousandsOfKeysAreEnrolledThroughInterruptions(t *testing.T) {
 			if left < 0 {
 				left = total
 			}
-			if copied = done; at != nil && done >= keys {
+			if copied = done; done > 0 && done%max(1, n/10) == 0 {
+				t.Logf("%v: %d of %d keys copied", time.Since(began).Round(time.Second), done, total)
+			}
+			if at != nil && done >= keys {
 				at(cmd)
 				at = nil
 			}
 		}
-		if err = cmd.Wait(); err != nil {
+		err = cmd.Wait()
+		carrier += cmd.ProcessState.SystemTime() + cmd.ProcessState.UserTime()
+		if err != nil {
 			err = fmt.Errorf("%w: %.300s", err, last)
 		}
 		return copied, left, err
 	}
-	began := time.Now()
+	began = time.Now()
 	first, left, err := run(n/4, func(cmd *exec.Cmd) { good(t, cmd.Process.Kill()) })
 	if err == nil || left != n {
 		t.Fatalf("a coordinator was killed: %d of %d keys, %v", first, left, err)
@@ -227,7 +236,10 @@ func TestThousandsOfKeysAreEnrolledThroughInterruptions(t *testing.T) {
 	if err != nil || left > n-first-second || third != left {
 		t.Fatalf("%d of %d keys, %v", third, left, err)
 	}
-	t.Logf("enrolment repeated: %d keys were left, all came and were proved in %v; %v in all", left, time.Since(again).Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	took := time.Since(began)
+	t.Logf("enrolment repeated: %d keys were left, all came and were proved in %v; %v in all", left, time.Since(again).Round(time.Millisecond), took.Round(time.Millisecond))
+	per := func(d time.Duration) time.Duration { return (d / time.Duration(n)).Round(time.Millisecond / 10) }
+	t.Logf("%v a key, and %v of processor time for the coordinators; exported and imported one by one %d keys took %v each before and %v after", per(took), per(carrier), sample, before, w.raw("e", sample))
 	again = time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
@@ -238,10 +250,31 @@ func TestThousandsOfKeysAreEnrolledThroughInterruptions(t *testing.T) {
 	t.Logf("verified, every copy of every key, in %v", time.Since(again).Round(time.Millisecond))
 }
 
-// BenchmarkReconcileMany is what reconciliation costs a group of three real members with many keys, coordinator and members
-// together, in percent of one core at the default intervals: a pass every 30 s in which digests are compared, and a listing of
-// each member's keys every ten minutes. That agents count their keys twice a minute is not in it: see BenchmarkCount of package
-// pkcs11.
+// raw brings so many keys to a member of no group, one by one and without anything else, and returns what each took.
+func (w *works) raw(name string, n int) time.Duration {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer cancel()
+	from, to := w.at["a"].Client(identity.RoleSync), w.at[name].Client(identity.RoleSync)
+	transport, err := to.TransportKey(ctx)
+	good(w.t, err)
+	wrapped, kek, err := from.ExportDomain(ctx, hsm.DomainRequest{Group: "ca", Recipient: transport, Grant: w.request(name).Grant})
+	good(w.t, err)
+	good(w.t, to.ImportDomain(ctx, kek, wrapped))
+	began := time.Now()
+	for _, k := range w.state().Keys()[:n] {
+		blob, err := from.Export(ctx, k.ID, kek)
+		good(w.t, err)
+		_, err = to.Import(ctx, blob)
+		good(w.t, err)
+	}
+	return (time.Since(began) / time.Duration(n)).Round(time.Millisecond / 10)
+}
+
+// BenchmarkReconcileMany is what reconciliation costs a group of three real members with many keys, in percent of one core at the
+// default interval: the processor time of the coordinator and of all agents over a few minutes in which nothing changes, whatever
+// they do meanwhile (agents count their keys twice a minute, and test themselves), and every ten minutes a listing of each
+// member's keys.
 func BenchmarkReconcileMany(b *testing.B) {
 	n, _ := strconv.Atoi(os.Getenv("TRIVET_MANY_KEYS"))
 	if n == 0 {
@@ -250,10 +283,22 @@ func BenchmarkReconcileMany(b *testing.B) {
 	w := newScale(b, n, "a", "b", "c")
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
-	good(b, w.c.Enroll(ctx, w.request("c")))
+	r := w.request("c")
+	for try := 1; ; try++ { // on a busy machine a call takes too long: the enrolment goes on when it is repeated
+		if err := w.c.Enroll(ctx, r); err == nil {
+			break
+		} else if try == 10 {
+			b.Fatal(err)
+		}
+	}
 	all := &site{t: b}
 	for _, m := range w.at {
 		all.members = append(all.members, m)
+	}
+	used := func(do func()) time.Duration {
+		before := all.cpu()
+		do()
+		return all.cpu() - before
 	}
 	pass := func(inspected bool) {
 		if r, err := w.c.Reconcile(ctx); err != nil || !r.OK || r.Members[0].Inspected != inspected {
@@ -261,18 +306,23 @@ func BenchmarkReconcileMany(b *testing.B) {
 		}
 	}
 	w.c = w.coordinator() // one that has listed nothing yet
-	before := all.cpu()
-	pass(true)
-	listing := all.cpu() - before
-	before = all.cpu()
-	b.ResetTimer()
+	listing := used(func() { pass(true) })
 	const passes = 20 // in one go: run it with -benchtime 1x, since setting up takes long
-	for range b.N * passes {
-		pass(false)
-	}
+	comparing := used(func() {
+		for range passes {
+			pass(false)
+		}
+	}) / passes
+	const window = 4 * 30 * time.Second
+	b.ResetTimer()
+	kept := used(func() {
+		while, stop := context.WithTimeout(ctx, window)
+		defer stop()
+		good(b, w.c.RunReconcile(while, 0))
+	})
 	b.StopTimer()
-	comparing := (all.cpu() - before) / time.Duration(b.N*passes)
 	b.ReportMetric(float64(comparing.Microseconds())/1000, "pass-cpu-ms")
 	b.ReportMetric(float64(listing.Microseconds())/1000, "listing-cpu-ms")
-	b.ReportMetric(100*(comparing.Seconds()/30+listing.Seconds()/600), "%core")
+	b.ReportMetric(100*kept.Seconds()/window.Seconds(), "%kept")
+	b.ReportMetric(100*(kept.Seconds()/window.Seconds()+listing.Seconds()/600), "%core")
 }
