@@ -53,8 +53,8 @@ func (e *StatusError) Error() string {
 	return s
 }
 
-// do sends a request and reads the whole answer. It sends again, once, what met a connection that was opened, never used, and closed by the server just then:
-// no request was lost there. Every other failure is the caller's to see.
+// do sends a request and reads the whole answer. It sends again what met a connection that was opened, never used, and closed by the server just then: no
+// request was lost there, and after a stall there may be many. Every other failure is the caller's to see.
 func do(ctx context.Context, client *http.Client, req *http.Request) (*http.Response, []byte, error) {
 	var sent []byte
 	if req.Body != nil {
@@ -63,14 +63,14 @@ func do(ctx context.Context, client *http.Client, req *http.Request) (*http.Resp
 			return nil, nil, err
 		}
 	}
-	for again := false; ; again = true {
+	for {
 		parked := false
 		traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) { parked = c.WasIdle && !c.Reused }})
 		if req.Body != nil {
 			req.Body = io.NopCloser(bytes.NewReader(sent))
 		}
 		resp, err := client.Do(req.WithContext(traced))
-		if err != nil && parked && !again && ctx.Err() == nil {
+		if err != nil && parked && ctx.Err() == nil {
 			continue
 		}
 		if err != nil {
