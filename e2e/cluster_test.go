@@ -118,8 +118,25 @@ func up(t *testing.T) *site {
 		t.Fatal(shared.err)
 	}
 	s := &site{dir: shared.dir, history: beginHistory(t)}
+	t.Cleanup(func() { s.keepLogs(t) })
 	s.allWell(t)
 	return s
+}
+
+// keepLogs leaves what every process has said in build/log if the scenario failed: the cluster's own directory goes.
+func (s *site) keepLogs(t *testing.T) {
+	if !t.Failed() {
+		return
+	}
+	dir := filepath.Join("..", "build", "log", strings.ReplaceAll(t.Name(), "/", "_"))
+	if err := os.RemoveAll(dir); err != nil {
+		t.Error(err)
+	}
+	if err := os.CopyFS(dir, os.DirFS(filepath.Join(s.dir, "log"))); err != nil {
+		t.Errorf("keeping the logs: %v", err)
+		return
+	}
+	t.Logf("the logs are in %s", dir)
 }
 
 // site is the cluster as its users see it.

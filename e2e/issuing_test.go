@@ -178,6 +178,35 @@ func issues(t *testing.T, i *load.Issuer, number int) load.Acknowledged {
 	return a
 }
 
+// persist repeats what a node says it may do later, such as when a busy machine makes requests wait for too long, and nothing else.
+func persist(ctx context.Context, send func() error) error {
+	for {
+		err := send()
+		if err == nil || !later(err) {
+			return err
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// later tells whether every request that an error is about may be repeated.
+func later(err error) bool {
+	if many, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, one := range many.Unwrap() {
+			if !later(one) {
+				return false
+			}
+		}
+		return true
+	}
+	var status *load.StatusError
+	return errors.As(err, &status) && status.RetryAfter != ""
+}
+
 // logged waits until the process has written every one of words into its log since the log had that length.
 func (s *site) logged(t *testing.T, p cluster.Process, since int, words ...string) {
 	t.Helper()
