@@ -79,10 +79,8 @@ bench: build ## measure beside references; table and build/bench.json (BENCH=nam
 	@$(GO) run ./bench
 
 .PHONY: fuzz
-fuzz: ## run every fuzz target for FUZZ (default 5s) each
-	@set -e; for pkg in $$(grep -rl --include='*_test.go' '^func Fuzz' . | xargs -n1 dirname | sort -u); do \
-	  for f in $$(grep -ho '^func Fuzz[A-Za-z0-9_]*' $$pkg/*_test.go | sed 's/func //'); do \
-	    echo "fuzz: $$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ) -fuzzminimizetime 1x $$pkg; done; done
+fuzz: ## run every fuzz target for FUZZ (default 5s) each; SOME=2 runs two, chosen by the commit's hash
+	@ops/fuzz.sh $(FUZZ) $(SOME)
 
 .PHONY: clean
 clean: ## remove bin/ and build/

@@ -34,3 +34,18 @@ func DecodeBlock(body []byte) ([]byte, bool) {
 	spki, p := v.key()
 	return spki, p == nil
 }
+
+// DecodeBulk reads the body of a request for several certificates and returns the key of each.
+func DecodeBulk(body []byte) (keys []string, ok bool) {
+	var v bulkBody
+	if p := decodeJSON(body, &v); p != nil {
+		return nil, false
+	}
+	if p := v.check(); p != nil {
+		return nil, false
+	}
+	for i := range v.Requests {
+		keys = append(keys, v.Requests[i].IdempotencyKey)
+	}
+	return keys, true
+}

@@ -39,6 +39,33 @@ func FuzzDecodeIssue(f *testing.F) {
 	})
 }
 
+// FuzzDecodeBulk throws bodies at the decoder of several requests: what passes has between one and as many as there may be, each under a printable key of its own.
+func FuzzDecodeBulk(f *testing.F) {
+	for _, seed := range []string{
+		`{"requests":[{"idempotency_key":"a","profile":"tls-server","csr":"x"},{"idempotency_key":"b","profile":"tls-server","csr":"x"}]}`,
+		`{"requests":[{"idempotency_key":"a","profile":"p","csr":"x"},{"idempotency_key":"a","profile":"p","csr":"x"}]}`, `{"requests":[{"idempotency_key":"\u0000","profile":"p","csr":"x"}]}`,
+		`{"requests":[]}`, `{"requests":null}`, `{"requests":[{}]}`, `{"requests":[null]}`, `{"requests":{}}`, `{"requests":[[[[[[[[[`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		keys, ok := api.DecodeBulk(body)
+		if !ok {
+			return
+		}
+		seen := map[string]bool{}
+		for _, k := range keys {
+			if k == "" || len(k) > 255 || seen[k] || strings.ContainsFunc(k, func(c rune) bool { return c < ' ' || c > '~' }) {
+				t.Errorf("%q passed with key %q", body, k)
+			}
+			seen[k] = true
+		}
+		if len(keys) == 0 || len(keys) > 128 {
+			t.Errorf("%d requests passed", len(keys))
+		}
+	})
+}
+
 // FuzzDecodeBlock throws bodies at the decoder of blocked keys: none makes it panic, and what passes names one key.
 func FuzzDecodeBlock(f *testing.F) {
 	for _, seed := range []string{
