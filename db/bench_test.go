@@ -69,10 +69,10 @@ func BenchmarkPartitions(b *testing.B) {
 				make := fmt.Sprintf("ALTER TABLE %s REORGANIZE PARTITION later INTO (PARTITION %s VALUES LESS THAN ('%s'), PARTITION later VALUES LESS THAN (MAXVALUE))",
 					table, name, day.AddDate(0, 0, 1).Format(time.DateOnly))
 				b.ReportMetric(float64(stall(b, cfg, "", func() { c.Exec(b, 0, make) }).Milliseconds()), "make-ms")
-				for at := 0; at < rows; at += 2500 {
+				for at := 0; at < rows; at += 500 {
 					_, err := s.Write(soon(b), "fill", func(ctx context.Context, tx *sql.Tx) error {
 						_, err := tx.ExecContext(ctx, `INSERT INTO intent_tbs WITH RECURSIVE n AS (SELECT ? AS i UNION ALL SELECT i + 1 FROM n WHERE i < ?)
-							SELECT 'demo-g1', CONCAT(UNHEX(LPAD(HEX(i), 16, '0')), RANDOM_BYTES(12)), ?, RANDOM_BYTES(520) FROM n`, at, at+2499, day.Format(time.DateOnly))
+							SELECT 'demo-g1', CONCAT(UNHEX(LPAD(HEX(i), 16, '0')), RANDOM_BYTES(12)), ?, RANDOM_BYTES(520) FROM n`, at, at+499, day.Format(time.DateOnly))
 						return err
 					})
 					if err != nil {
