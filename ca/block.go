@@ -66,12 +66,13 @@ type KeyRecord interface {
 	KeyUses(ctx context.Context, except string, spki []byte, after uint32, limit int) ([]db.KeyUse, error)
 }
 
-// BlockerConfig is what a Blocker needs. All but Now and Log are mandatory.
+// BlockerConfig is what a Blocker needs. All but Rounds, Now and Log are mandatory.
 type BlockerConfig struct {
 	Record      KeyRecord           // *db.Store
 	Journal     *journal.Journal    //
 	Revoker     *Revoker            //
 	Authorities func() *Authorities // whose keys are never blocked
+	Rounds      *Rounds             // so that a block survives a database that goes back; nil: none are held
 	Now         func() time.Time    // default time.Now
 	Log         *slog.Logger        // default slog.Default
 }
@@ -111,9 +112,23 @@ func (b *Blocker) Block(ctx context.Context, q BlockRequest) (*Blocking, error) 
 	if err := b.audit(q, "begun"); err != nil {
 		return nil, err
 	}
+	at, err := b.cfg.Rounds.reads(ctx)
+	if err != nil {
+		return nil, err
+	}
 	stands, err := blockKey(ctx, b.cfg.Record, b.cfg.Log, db.BlockedKey{
 		SPKI: q.SPKI, Reason: q.Reason, Comment: q.Comment, Actor: q.Actor.String(), Created: b.cfg.Now().UTC(),
 	})
+	if err != nil {
+		return nil, err
+	}
+	err = b.cfg.Rounds.done(ctx, b.cfg.Journal, at, &journal.Done{
+		Kind: journal.DoneBlock, Serial: hex.EncodeToString(stands.SPKI), Ver: 1, Created: stands.Created,
+		Block: &journal.Block{Reason: stands.Reason, Comment: stands.Comment, Actor: stands.Actor},
+	})
+	if err != nil && NameOf(err) == "" {
+		err = JournalError(err, "this node cannot record what it does: repeat the request")
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -18,10 +18,13 @@ type putBack struct {
 	Abandoned    int `json:"abandoned"`
 	Revocations  int `json:"revocations"`
 	CRLs         int `json:"crls"`
-	Conflicts    int `json:"conflicts"` // contradictions that operators must look at
+	Blocked      int `json:"blocked_keys"` // that operators blocked
+	Conflicts    int `json:"conflicts"`    // contradictions that operators must look at
 }
 
-func (p putBack) total() int { return p.Certificates + p.Abandoned + p.Revocations + p.CRLs }
+func (p putBack) total() int {
+	return p.Certificates + p.Abandoned + p.Revocations + p.CRLs + p.Blocked
+}
 
 // reconcile is this node's part in a round: its lanes end and others begin, the database gets back what it lacks of what the journals hold,
 // and a row says so. It may be repeated from any point.
@@ -85,7 +88,7 @@ func (r *Rounds) reconciled(n uint64) error {
 	p := r.putBack
 	r.mu.Unlock()
 	r.cfg.Log.Warn("recovery round: this node has done its part", "round", n, "certificates", p.Certificates, "abandoned", p.Abandoned,
-		"revocations", p.Revocations, "crls", p.CRLs, "conflicts", p.Conflicts)
+		"revocations", p.Revocations, "crls", p.CRLs, "blocked_keys", p.Blocked, "conflicts", p.Conflicts)
 	r.hurry()
 	return nil
 }
@@ -214,7 +217,7 @@ func (r *Rounds) restore(ctx context.Context, n uint64, round db.Round, late boo
 			}
 		}
 	}
-	return nil
+	return b.blockedKeys(ctx)
 }
 
 // lastEnded is the newest round in which anything may have been released.

@@ -28,6 +28,7 @@ type Copies interface {
 // Held is what this node keeps for others; *holder.Holder is it.
 type Held interface {
 	Each(fn func(owner, incarnation string, d journal.Done) error) error
+	Blocks(fn func(d journal.Done) error) error
 	Lanes() map[string]uint64
 	Promised(owner string) (since string, ok bool)
 }
@@ -196,6 +197,19 @@ func (r *Rounds) now() reading {
 		return reading{}
 	}
 	return reading{began: r.cfg.Boottime()}
+}
+
+// reads is now for what is read without its round: the round is asked for first, and a loss after that is seen by its signs, or by the round.
+func (r *Rounds) reads(ctx context.Context) (reading, error) {
+	at := r.now()
+	if r == nil {
+		return at, nil
+	}
+	state, err := r.record.RoundState(ctx)
+	if err != nil {
+		return at, databaseError("reading which recovery round there is", err)
+	}
+	return at.in(state), nil
 }
 
 func (at reading) in(s db.RoundState) reading { at.state = s; return at }

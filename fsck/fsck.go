@@ -87,6 +87,7 @@ type check struct {
 
 	acked       map[key][32]byte     // released certificates, from journals: digest of the DER
 	ackedEvents map[key]map[int]bool // revocation events with a done record
+	ackedBlocks map[string]string    // blocked keys with a done record, by hash in hex: who says so
 	generations map[string]*x509.Certificate
 	certs       map[key]certificate
 	events      map[key]event
@@ -120,6 +121,7 @@ func Run(ctx context.Context, cfg Config) (Report, error) {
 		report:      Report{Checked: map[string]int{}, Violations: []Violation{}, Unchecked: []string{}},
 		acked:       map[key][32]byte{},
 		ackedEvents: map[key]map[int]bool{},
+		ackedBlocks: map[string]string{},
 		generations: map[string]*x509.Certificate{},
 		certs:       map[key]certificate{},
 		events:      map[key]event{},
@@ -137,6 +139,7 @@ func Run(ctx context.Context, cfg Config) (Report, error) {
 		{"released against record", c.released},
 		{"change feed", c.feed},
 		{"recovery rounds", c.rounds},
+		{"blocked keys", c.blocks},
 		{"CRLs", c.crls},
 		{"responders", c.responders},
 	} {

@@ -83,6 +83,8 @@ func (c *check) done(node string, k key, p journal.Done) {
 			c.count("released_certificates", 1)
 		}
 		c.acked[k] = digest
+	case journal.DoneBlock:
+		c.ackedBlocks[p.Serial] = node
 	case journal.DoneRevocation:
 		if p.Event == nil {
 			c.violate("I4", k, "%s journalled a revocation without its event", node)

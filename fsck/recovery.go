@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -70,6 +71,33 @@ func (c *check) copies(ctx context.Context, node string) error {
 		return fmt.Errorf("reading the copies held by %s: %w", node, err)
 	}
 	return nil
+}
+
+// blocks checks that every key that was blocked by a node's word still is.
+func (c *check) blocks(ctx context.Context) error {
+	_, err := c.Store.Read(ctx, "fsck", "", func(ctx context.Context, conn *sql.Conn) error {
+		there := map[string]bool{}
+		rows, err := conn.QueryContext(ctx, "SELECT spki FROM blocked_key")
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var spki []byte
+			if err := rows.Scan(&spki); err != nil {
+				return err
+			}
+			there[hex.EncodeToString(spki)] = true
+		}
+		c.report.Checked["blocked_keys"] = len(there)
+		for spki, node := range c.ackedBlocks {
+			if !there[spki] {
+				c.violate("I4", "key "+spki, "%s has blocked it, and the record does not say so: block it again with `pkictl blocked-key add --spki %s`", node, spki)
+			}
+		}
+		return rows.Err()
+	})
+	return err
 }
 
 // rounds checks that no recovery round is under way, and that no lane goes on beyond its end.

@@ -248,8 +248,17 @@ func (h *Holder) Each(fn func(owner, incarnation string, d journal.Done) error) 
 	return h.each(func(held journal.Held, d journal.Done) error { return fn(held.Owner, held.Incarnation, d) })
 }
 
+// Blocks is Each for blocks of keys, which it finds without reading the rest.
+func (h *Holder) Blocks(fn func(d journal.Done) error) error {
+	return h.log.Select(journal.Query{Kinds: []journal.Kind{journal.KindHeld}, Held: journal.DoneBlock, Here: true}, decoded(func(_ journal.Held, d journal.Done) error { return fn(d) }))
+}
+
 func (h *Holder) each(fn func(journal.Held, journal.Done) error) error {
-	return h.log.Replay(func(e journal.Entry) error {
+	return h.log.Replay(decoded(fn))
+}
+
+func decoded(fn func(journal.Held, journal.Done) error) func(journal.Entry) error {
+	return func(e journal.Entry) error {
 		if e.Kind != journal.KindHeld {
 			return nil
 		}
@@ -262,7 +271,7 @@ func (h *Holder) each(fn func(journal.Held, journal.Done) error) error {
 			return fmt.Errorf("decoding record %d of %s/%s: %w", held.N, held.Owner, held.Incarnation, err)
 		}
 		return fn(held, d)
-	})
+	}
 }
 
 // Lanes returns the highest number in each lane that any record held names.

@@ -114,6 +114,7 @@ const (
 	DoneCert       = "cert"
 	DoneAbandoned  = "abandoned"
 	DoneRevocation = "revocation"
+	DoneBlock      = "block" // of a subject key: Serial is the SHA-256 of its SubjectPublicKeyInfo, Issuer is empty, and so is Lane
 )
 
 // Done is a fact read back from the database, written before it is released (I4, protocols §2 step 7).
@@ -132,6 +133,14 @@ type Done struct {
 	Created time.Time `json:"created,omitzero"`
 	Intent  *Intent   `json:"intent,omitempty"` // the fact's intent, so that both rows can be put back
 	CRL     *CRL      `json:"crl,omitempty"`    // of a CRL: what was signed, without its content
+	Block   *Block    `json:"block,omitempty"`  // of a block
+}
+
+// Block is why a subject key must not be certified any more.
+type Block struct {
+	Reason  string `json:"reason"`
+	Comment string `json:"comment,omitempty"`
+	Actor   string `json:"actor"`
 }
 
 // Revocation is one event of a serial's chain (protocols §1); the highest N wins.

@@ -15,6 +15,8 @@ type Query struct {
 	Lane   string    // done records of this lane alone …
 	After  uint64    // … with a greater seq
 	Event  string    // audit records of this event alone
+	Held   string    // held records of this kind of done alone
+	Here   bool      // not those in segments that the archive alone has
 	Serial string    // records about this serial, lower-case hex; of any issuer
 	Since  time.Time // written at this time or later, by the clock of who wrote
 	Until  time.Time // written before this time
@@ -25,12 +27,13 @@ type Query struct {
 func (q *Query) wants(e Entry) (bool, error) {
 	switch {
 	case q.Event != "" && e.Kind != KindAudit,
+		q.Held != "" && e.Kind != KindHeld,
 		len(q.Kinds) > 0 && !slices.Contains(q.Kinds, e.Kind),
 		(q.Lane != "" || len(q.Done) > 0 && len(q.Kinds) == 0) && e.Kind != KindDone,
 		!q.Since.IsZero() && e.Time.Before(q.Since),
 		!q.Until.IsZero() && !e.Time.Before(q.Until):
 		return false, nil
-	case q.Lane == "" && len(q.Done) == 0 && q.Serial == "" && q.Event == "":
+	case q.Lane == "" && len(q.Done) == 0 && q.Serial == "" && q.Event == "" && q.Held == "":
 		return true, nil
 	}
 	a, err := e.about()
@@ -38,6 +41,7 @@ func (q *Query) wants(e Entry) (bool, error) {
 		(q.Lane == "" || a.Lane == q.Lane && a.Seq > q.After) &&
 		(len(q.Done) == 0 || e.Kind != KindDone || slices.Contains(q.Done, a.Kind)) &&
 		(q.Event == "" || a.Event == q.Event) &&
+		(q.Held == "" || a.held != nil && a.held.kind == q.Held) &&
 		(q.Serial == "" || a.Serial == q.Serial || e.Kind == KindAudit && strings.HasSuffix(a.Object, ":"+q.Serial)), err
 }
 

@@ -138,7 +138,7 @@ func (c *catalog) walk(q *Query, tip *tip, fn func(Entry) error) error {
 		if err := c.know(s); err != nil {
 			return fmt.Errorf("reading journal: %w", err)
 		}
-		if s.seal != nil && (s.gone() || q == nil && !s.here() && c.archive == "" || q != nil && (reached && !s.seal.mayHold(q) || !reached && !s.seal.holds(*q.From))) {
+		if s.seal != nil && (s.gone() || (q == nil || q.Here) && !s.here() && c.archive == "" || q != nil && (reached && !s.seal.mayHold(q) || !reached && !s.seal.holds(*q.From))) {
 			cur.jump(s.seal)
 			continue
 		}

@@ -30,6 +30,9 @@ func newTally() *tally {
 // doneKind is how Seal.Kinds names a kind of done.
 func doneKind(kind string) string { return KindDone.String() + " " + kind }
 
+// heldKind is how it names the kind of done that is held.
+func heldKind(kind string) string { return KindHeld.String() + " " + kind }
+
 // auditEvent is how it names an event.
 func auditEvent(event string) string { return KindAudit.String() + " " + event }
 
@@ -55,8 +58,11 @@ func (t *tally) add(e Entry, a about) {
 	if e.Kind == KindAudit && a.Event != "" {
 		t.kinds[auditEvent(a.Event)]++
 	}
-	if h := a.held; h != nil && h.lane != "" {
-		t.held[h.lane] = max(t.held[h.lane], h.seq)
+	if h := a.held; h != nil {
+		t.kinds[heldKind(h.kind)]++
+		if h.lane != "" {
+			t.held[h.lane] = max(t.held[h.lane], h.seq)
+		}
 	}
 	if e.Kind != KindDone {
 		return
@@ -112,6 +118,9 @@ func (s *Seal) mayHold(q *Query) bool {
 		return k == KindSeal || k == KindCarry || k == KindDone && done || k != KindDone && s.Kinds[k.String()] > 0
 	})
 	if !some {
+		return false
+	}
+	if q.Held != "" && s.Kinds[heldKind(q.Held)] == 0 {
 		return false
 	}
 	if q.Event != "" && s.Kinds[auditEvent(q.Event)] == 0 {

@@ -13,7 +13,7 @@ type held struct {
 	owner, incarnation string
 	n                  uint64
 	chain              []byte
-	lane               string
+	lane, kind         string
 	seq                uint64
 }
 
@@ -31,14 +31,15 @@ func heldOf(p *Held) (*held, error) {
 	if !ok {
 		var d struct {
 			Lane string `json:"lane"`
+			Kind string `json:"kind"`
 			Seq  uint64 `json:"seq"`
 		}
 		if err := json.Unmarshal(p.Record, &d); err != nil {
 			return nil, fmt.Errorf("decoding record %d of %s/%s: %w", p.N, p.Owner, p.Incarnation, err)
 		}
-		a.Lane, a.Seq = d.Lane, d.Seq
+		a.Lane, a.Seq, a.Kind = d.Lane, d.Seq, d.Kind
 	}
-	return &held{owner: p.Owner, incarnation: p.Incarnation, n: p.N, chain: p.Chain, lane: a.Lane, seq: a.Seq}, nil
+	return &held{owner: p.Owner, incarnation: p.Incarnation, n: p.N, chain: p.Chain, lane: a.Lane, seq: a.Seq, kind: a.Kind}, nil
 }
 
 // streams are what a journal holds for others. A start reads the newest seal's, and not the records.

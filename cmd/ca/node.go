@@ -259,7 +259,7 @@ func (n *node) start(ctx, work context.Context, tasks *errgroup.Group, servers [
 	tasks.Go(func() error { return n.crls.Run(work) })
 	tasks.Go(func() error { return responders.Run(work) })
 
-	blocker, err := ca.NewBlocker(ca.BlockerConfig{Record: n.store, Journal: n.journal, Revoker: n.revoker, Authorities: n.engine.Authorities, Log: n.log})
+	blocker, err := ca.NewBlocker(ca.BlockerConfig{Record: n.store, Journal: n.journal, Revoker: n.revoker, Authorities: n.engine.Authorities, Rounds: n.second.rounds, Log: n.log})
 	if err != nil {
 		return err
 	}

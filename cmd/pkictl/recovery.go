@@ -20,8 +20,10 @@ import (
 
 // recoveryReport is what the record says of the newest recovery rounds.
 type recoveryReport struct {
-	Open   bool            `json:"open"` // a round is under way: nothing is released
-	Rounds []recoveryRound `json:"rounds"`
+	Open bool `json:"open"` // a round is under way: nothing is released
+	// NotPutBack is what no journal knows, if a round shown found rows lost: operators compare, and do again what is missing.
+	NotPutBack []string        `json:"not_put_back,omitempty"`
+	Rounds     []recoveryRound `json:"rounds"`
 }
 
 type recoveryRound struct {
@@ -42,6 +44,14 @@ type recoveryPart struct {
 	By          string          `json:"by,omitempty"`
 	At          time.Time       `json:"at,omitzero"`
 	Detail      json.RawMessage `json:"detail,omitempty"`
+}
+
+// notPutBack is what a database that lost commits may lack for good: no journal knows the rows.
+var notPutBack = []string{
+	"CA generations: compare `pkictl ca list` with the CAs in use, and see the runbook docs/runbooks/database-lost-commits.md",
+	"members, approvals and policies of HSM groups: compare `pkictl hsm status` and `pkictl hsm verify`; repeat `pkictl hsm enroll`, `replace` or `activate`",
+	"VA nodes' registrations: see `pkictl health`; a VA node registers again when it starts",
+	"blocks of keys by CA nodes of older versions: `pkictl fsck`, and the runbook docs/runbooks/database-lost-commits.md",
 }
 
 // nodeAbsent is the state of a node that has no row in the round that is under way.
@@ -92,6 +102,9 @@ while a round is under way. ` + "`pkictl health`" + ` says what each node does m
 					}
 					fmt.Fprintf(w, "  %s\t%s at %s by %s\t%s\n", p.Node, p.State, p.At.Format(time.RFC3339), p.By, p.Detail)
 				}
+			}
+			for _, what := range r.NotPutBack {
+				fmt.Fprintf(w, "not put back: %s\n", what)
 			}
 		}),
 	}
@@ -219,6 +232,9 @@ func readRecovery(ctx context.Context, store *db.Store) (recoveryReport, error) 
 			}
 		}
 		r.Cause = strings.ToValidUTF8(r.Cause, "?")
+		if r.Proved {
+			out.NotPutBack = notPutBack
+		}
 		out.Rounds = append(out.Rounds, r)
 	}
 	return out, nil
