@@ -3,7 +3,6 @@ package e2e_test
 import (
 	"fmt"
 	"testing"
-	"time"
 )
 
 // A database node stands still under load, its connections open: those who wait for it go elsewhere, and it comes back by itself.
@@ -17,24 +16,6 @@ func TestKillDBFreeze(t *testing.T) {
 		},
 		over: func() error { return s.allInStep(t) },
 	})
-}
-
-// The disk of a database node hangs under load: whatever it is asked to make durable takes seconds, all else goes on. It is not used meanwhile, does not
-// hold up the others, and is used again once its disk answers.
-func TestKillDBDisk(t *testing.T) {
-	s := up(t)
-	pid := s.process(t, "db1").PID
-	s.underLoad(t, fault{
-		name: "db_disk", form: "hang", process: "db1", goal: goals["db_disk"],
-		strike: func() func() {
-			trace := tamper(t, pid, "-e", "trace=fsync,fdatasync", "-e", fmt.Sprintf("inject=fsync,fdatasync:delay_enter=%d", lasting/time.Microsecond))
-			return func() { trace.end(t) }
-		},
-		over: func() error { return s.allInStep(t) },
-	})
-	if now := s.process(t, "db1").PID; now != pid {
-		t.Errorf("db1 was restarted: pid %d became %d", pid, now)
-	}
 }
 
 // allInStep says which database node is not a member, or not in step with the others.
