@@ -3,7 +3,6 @@ package e2e_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -93,5 +92,5 @@ func (s *site) second(t *testing.T, dir string) string {
 	if exit := new(exec.ExitError); !errors.As(err, &exit) || ctx.Err() != nil {
 		t.Errorf("a second ca1 in %s: %v", dir, errors.Join(err, ctx.Err()))
 	}
-	return fmt.Sprintf("%s", said)
+	return string(said)
 }
