@@ -17,7 +17,7 @@ import (
 func TestAnOperatorsBlockComesBack(t *testing.T) {
 	for _, away := range []bool{false, true} {
 		t.Run(fmt.Sprintf("its node away %v", away), func(t *testing.T) {
-			s := newSite(t, nil, "ca1", "ca2")
+			s := newSite(t, requireCopies, "ca1", "ca2") // or a copy does not speak for the node that is away
 			m, other := s.nodes["ca1"], s.nodes["ca2"]
 			b, err := ca.NewBlocker(ca.BlockerConfig{
 				Record: m.store, Journal: m.journal, Revoker: &ca.Revoker{}, Authorities: m.engine.Authorities, Rounds: m.rounds, Log: slog.New(slog.DiscardHandler),
