@@ -39,7 +39,7 @@ func TestAForgedIntentIsNotSigned(t *testing.T) {
 	if bytes.Equal(forged, row.tbs) {
 		t.Fatalf("the TBSCertificate does not hold %s", name)
 	}
-	execute(t, db, `UPDATE trivet.intent SET tbs = ? WHERE issuer = ? AND serial = ?`, forged, row.issuer, row.serial)
+	execute(t, db, `UPDATE trivet.intent_tbs SET tbs = ? WHERE issuer = ? AND serial = ?`, forged, row.issuer, row.serial)
 	// And one out of nothing, for a request that nobody made: another serial and request key, all else as a CA node wrote it.
 	never := history.RequestKey(ca2.Principal, "never-asked")
 	own := bytes.Clone(row.serial)
@@ -120,7 +120,7 @@ func (s *site) openIntent(t *testing.T, recorder *load.Recorder) (load.Request, 
 	key := history.RequestKey(ca1.Principal, request.Key)
 	var row intentRow
 	eventually(t, 10*time.Second, func() error {
-		return s.database(t).QueryRowContext(t.Context(), `SELECT issuer, serial, tbs FROM intent WHERE req = ?`, key[:]).Scan(&row.issuer, &row.serial, &row.tbs)
+		return s.database(t).QueryRowContext(t.Context(), `SELECT i.issuer, i.serial, t.tbs FROM intent i JOIN intent_tbs t USING (issuer, serial) WHERE i.req = ?`, key[:]).Scan(&row.issuer, &row.serial, &row.tbs)
 	})
 	s.run(t, "demo", "kill", "ca1")
 	t.Cleanup(func() { s.try("demo", "start", "ca1") })
