@@ -258,6 +258,21 @@ func (n *node) mustIssue(t testing.TB, r ca.Request) *ca.Issued {
 	return issued
 }
 
+// persist repeats a request for as long as it is told that a repeat may help, as clients do: a busy machine's second holder may answer too late.
+func (n *node) persist(t testing.TB, r ca.Request) (issued *ca.Issued) {
+	t.Helper()
+	dbtest.Until(t, "a certificate", func() bool {
+		var err error
+		issued, err = n.issue(t, r)
+		var refused *ca.Error
+		if err != nil && (!errors.As(err, &refused) || !refused.Retryable()) {
+			t.Fatalf("issuing: %v", err)
+		}
+		return err == nil
+	})
+	return issued
+}
+
 // check is the invariant checker of these tests: one certificate per request key and per serial, every signature intended, every certificate verifying.
 func (p *pki) check(t testing.TB) {
 	t.Helper()

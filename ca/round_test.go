@@ -208,7 +208,7 @@ func TestRequiredCopiesAreWaitedFor(t *testing.T) {
 	s.up(t, "ca2", nil)
 	dbtest.Until(t, "ca2 knows", func() bool { _, ok := s.nodes["ca2"].held.Promised("ca1"); return !ok && s.nodes["ca1"].copier.Told() })
 	s.nodes["ca2"].stop()
-	s.nodes["ca1"].mustIssue(t, s.request(t, "k11"))
+	s.nodes["ca1"].persist(t, s.request(t, "k11"))
 	// And its next incarnation need not tell anybody anew.
 	dbtest.Until(t, "ca1 has noted it", func() bool {
 		state, err := s.nodes["ca1"].journal.State()
@@ -217,7 +217,7 @@ func TestRequiredCopiesAreWaitedFor(t *testing.T) {
 	s.nodes["ca1"].stop()
 	s.up(t, "ca1", nil)
 	s.await(t, "ca1")
-	s.nodes["ca1"].mustIssue(t, s.request(t, "k12"))
+	s.nodes["ca1"].persist(t, s.request(t, "k12"))
 }
 
 // A loss is proved, and a node that holds copies for nobody is away: what it released is nobody's to know, and issuing stays shut until it is back.
@@ -301,7 +301,7 @@ func TestANodeThatWakesUpReleasesNothingFromBefore(t *testing.T) {
 			watch.frozen.Store(true) // what watches the database is frozen as well
 			s.lose(t, 0, true)
 			dbtest.Until(t, "a round has ended", func() bool { st := s.nodes["ca2"].rounds.Status(); return st.State.N > 0 && st.Err == nil })
-			second := s.nodes["ca2"].mustIssue(t, r)
+			second := s.nodes["ca2"].persist(t, r)
 			g.thaw()
 			got := <-first
 			if point == steps[6] && got.err == nil {

@@ -203,7 +203,7 @@ func (s *site) issueSome(t *testing.T, from, n int, names ...string) map[string]
 	out := map[string]*ca.Issued{}
 	for i := range n {
 		key := fmt.Sprintf("k%d", from+i)
-		out[key] = s.nodes[names[i%len(names)]].mustIssue(t, s.request(t, key))
+		out[key] = s.nodes[names[i%len(names)]].persist(t, s.request(t, key))
 	}
 	return out
 }
