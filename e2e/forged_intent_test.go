@@ -75,25 +75,25 @@ func TestAForgedIntentIsNotSigned(t *testing.T) {
 	s.finds(t, "I8", s.fsckConfig(t, func(map[string]any) {}))
 
 	// As if they had been true, for the scenarios after this one.
-	s.vouch(t, db, row.issuer, row.serial, row.tbs)
-	s.vouch(t, db, row.issuer, own, bytes.Replace(row.tbs, row.serial, own, 1))
+	s.vouch(t, db, "ca1", row.issuer, row.serial, row.tbs)
+	s.vouch(t, db, "nobody", row.issuer, own, bytes.Replace(row.tbs, row.serial, own, 1)) // no CA node's journal has it
 	s.fsck(t)
 }
 
-// vouch makes a row what a CA node would have written.
-func (s *site) vouch(t *testing.T, db *sql.DB, issuer string, serial, tbs []byte) {
+// vouch makes a row what a CA node of that name would have written.
+func (s *site) vouch(t *testing.T, db *sql.DB, node, issuer string, serial, tbs []byte) {
 	t.Helper()
 	keys, err := record.LoadMACKeys(filepath.Join(s.dir, "secret", "mac-keys"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := record.Intent{Issuer: issuer, Serial: serial, TBS: tbs}
-	if err := db.QueryRowContext(t.Context(), `SELECT req, ver, body, profile, profile_version, profile_hash, requester, site_epoch, node FROM trivet.intent WHERE issuer = ? AND serial = ?`, issuer, serial).
-		Scan(&i.Req, &i.Ver, &i.Body, &i.Profile, &i.ProfileVersion, &i.ProfileHash, &i.Requester, &i.SiteEpoch, &i.Node); err != nil {
+	i := record.Intent{Issuer: issuer, Serial: serial, TBS: tbs, Node: node}
+	if err := db.QueryRowContext(t.Context(), `SELECT req, ver, body, profile, profile_version, profile_hash, requester, site_epoch FROM trivet.intent WHERE issuer = ? AND serial = ?`, issuer, serial).
+		Scan(&i.Req, &i.Ver, &i.Body, &i.Profile, &i.ProfileVersion, &i.ProfileHash, &i.Requester, &i.SiteEpoch); err != nil {
 		t.Fatal(err)
 	}
 	keys.Seal(&i)
-	execute(t, db, `UPDATE trivet.intent SET tbs = ?, mac = ?, mac_key = ? WHERE issuer = ? AND serial = ?`, tbs, i.MAC, i.MACKey, issuer, serial)
+	execute(t, db, `UPDATE trivet.intent SET tbs = ?, node = ?, mac = ?, mac_key = ? WHERE issuer = ? AND serial = ?`, tbs, node, i.MAC, i.MACKey, issuer, serial)
 }
 
 // intentRow is what a scenario needs of an intent.
