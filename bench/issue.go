@@ -66,20 +66,14 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 
 // issueNodes measures two CA nodes beside one: on a machine that they share, the second must at least not cost.
 func issueNodes(ctx context.Context, s *site) ([]Row, error) {
-	rate := func() (float64, error) {
-		return median(runs, func() (float64, error) {
-			r, _, err := s.issue(ctx, 32)
-			return r.PerSecond, err
-		})
-	}
-	two, err := rate()
+	two, err := s.rate(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := s.pkictl(ctx, "demo", "kill", "ca2"); err != nil {
 		return nil, err
 	}
-	one, err := rate()
+	one, err := s.rate(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -144,6 +138,14 @@ func (s *site) issue(ctx context.Context, clients int) (load.Result, cpuTable, e
 		err = fmt.Errorf("%d clients: %v", clients, r)
 	}
 	return r, before, err
+}
+
+// rate is what 32 clients get, per second.
+func (s *site) rate(ctx context.Context) (float64, error) {
+	return median(runs, func() (float64, error) {
+		r, _, err := s.issue(ctx, 32)
+		return r.PerSecond, err
+	})
 }
 
 // bulk measures certificates per second asked for 32 at a time by two clients.

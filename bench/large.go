@@ -35,13 +35,7 @@ func issueLarge(ctx context.Context, s *site) ([]Row, error) {
 	if err := s.setPool(ctx, largePool); err != nil {
 		return nil, err
 	}
-	rate := func() (float64, error) {
-		return median(runs, func() (float64, error) {
-			r, _, err := s.issue(ctx, 32)
-			return r.PerSecond, err
-		})
-	}
-	empty, err := rate()
+	empty, err := s.rate(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -62,7 +56,7 @@ func issueLarge(ctx context.Context, s *site) ([]Row, error) {
 	if size < 4*largePool {
 		return nil, fmt.Errorf("the record has %d octets: less than four times the buffer pool", size)
 	}
-	large, err := rate()
+	large, err := s.rate(ctx)
 	if err != nil {
 		return nil, err
 	}

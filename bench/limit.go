@@ -21,10 +21,7 @@ const signatures = 3
 // issueLimit says how near issuing comes to what this machine could do in this very hour: it measures, each by itself, the processor time of the steps
 // that no issuing can do without, and compares the rate with what would be left if there were nothing but them.
 func issueLimit(ctx context.Context, s *site) ([]Row, error) {
-	rate, err := median(runs, func() (float64, error) {
-		r, _, err := s.issue(ctx, 32)
-		return r.PerSecond, err
-	})
+	rate, err := s.rate(ctx)
 	if err != nil {
 		return nil, err
 	}

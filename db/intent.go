@@ -258,7 +258,7 @@ func intentOwners(ctx context.Context, q Querier, in []Intent, place tbsPlace) (
 		conds = append(conds, "i.req IN ("+marks(len(reqs))+")")
 	}
 	byReq, byKey := map[string]Intent{}, map[string]Intent{}
-	columns, from := place.intents()
+	columns, join := place.intents()
 	err := query(ctx, q, func(r *sql.Rows) error {
 		var i Intent
 		if err := r.Scan(i.dest()...); err != nil {
@@ -270,7 +270,7 @@ func intentOwners(ctx context.Context, q Querier, in []Intent, place tbsPlace) (
 		}
 		byKey[i.id()] = i
 		return nil
-	}, "SELECT "+columns+" FROM "+from+" WHERE "+strings.Join(conds, " OR "), append(keys, reqs...)...)
+	}, "SELECT "+columns+" FROM intent i"+join+" WHERE "+strings.Join(conds, " OR "), append(keys, reqs...)...)
 	if err != nil {
 		return nil, fmt.Errorf("reading intents: %w", err)
 	}
@@ -318,7 +318,7 @@ func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit 
 	if err != nil {
 		return nil, err
 	}
-	expr, join := place.column()
+	columns, join := place.intents()
 	before, from := micros(now.Add(-olderThan)), s.sweep.from
 	full, deep := now.Sub(s.sweep.full) >= sweepFull, now.Sub(s.sweep.deep) >= sweepDeepEvery
 	switch deepest := before.Add(-sweepDeep); {
@@ -336,7 +336,7 @@ func (s *Store) OpenIntents(ctx context.Context, olderThan time.Duration, limit 
 			i.TBS = notEmpty(i.TBS)
 			out = append(out, i)
 			return err
-		}, "SELECT "+strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1)+` FROM (
+		}, "SELECT "+columns+` FROM (
 			SELECT c.issuer, c.serial FROM intent c FORCE INDEX (created)
 				LEFT JOIN outcome o ON o.issuer = c.issuer AND o.serial = c.serial
 				WHERE c.created >= ? AND c.created < ? AND o.serial IS NULL ORDER BY c.created LIMIT ?

@@ -256,7 +256,7 @@ func (s *Store) IntentsAfter(ctx context.Context, node string, after time.Time, 
 	if err != nil {
 		return nil, err
 	}
-	expr, join := place.column()
+	columns, join := place.intents()
 	var out []Intent
 	_, err = s.Read(ctx, "intents after", "", func(ctx context.Context, c *sql.Conn) error {
 		out = nil
@@ -270,7 +270,7 @@ func (s *Store) IntentsAfter(ctx context.Context, node string, after time.Time, 
 			i.TBS = notEmpty(i.TBS)
 			out = append(out, i)
 			return err
-		}, "SELECT "+strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1)+`, o.der FROM (
+		}, "SELECT "+columns+`, o.der FROM (
 			SELECT issuer, serial FROM intent FORCE INDEX (created) WHERE created > ? AND node = ? AND req IS NOT NULL ORDER BY created DESC LIMIT ?
 			) n JOIN intent i ON i.issuer = n.issuer AND i.serial = n.serial`+join+`
 			LEFT JOIN outcome o ON o.issuer = i.issuer AND o.serial = i.serial AND o.ver = 1 ORDER BY i.created DESC`, micros(after), node, limit)

@@ -46,10 +46,10 @@ func (p tbsPlace) column() (expr, join string) {
 	return "IF(i.tbs = '', t.tbs, i.tbs)", " LEFT JOIN intent_tbs t ON t.issuer = i.issuer AND t.serial = i.serial AND t.day = DATE(i.created)"
 }
 
-// intents returns the columns of intents, for Intent.dest, and what to select them from, as i.
-func (p tbsPlace) intents() (columns, from string) {
+// intents returns the columns of the intent i in a query, for Intent.dest, and the join that they take.
+func (p tbsPlace) intents() (columns, join string) {
 	expr, join := p.column()
-	return strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1), "intent i" + join
+	return strings.Replace(prefixed("i", intentColumns), "i.tbs", expr, 1), join
 }
 
 // tbsPlaces is what a Store knows of it.
