@@ -54,7 +54,7 @@ test: ## everything that must pass before a merge: lint, all tests under the rac
 .PHONY: packages
 packages: ## all tests but the end-to-end scenarios, under the race detector
 	@echo "test: packages, race detector"
-	@$(GO) test -race -p 2 -timeout 20m $(PACKAGES)
+	@$(GO) test -race -p 3 -timeout 20m $(PACKAGES)
 
 .PHONY: chaos
 chaos: build ## kill each kind of process under load; table and build/chaos.json (CHAOS=name for one row)

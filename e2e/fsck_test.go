@@ -60,6 +60,7 @@ func TestFsckFindsPlantedDamage(t *testing.T) {
 		{"an intent stays open", "I1", "INSERT INTO %s.intent (issuer, serial, req, ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, created) SELECT issuer, x'0102030405', x'" + strings.Repeat("ab", 32) + "', ver, body, tbs, profile, profile_version, profile_hash, requester, reference, site_epoch, node, mac, '2020-01-01' FROM %s.intent WHERE serial = x'" + serial + "'"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			name, db := s.copyOfRecord(t)
 			if _, err := db.ExecContext(t.Context(), strings.ReplaceAll(c.sql, "%s", name)); err != nil {
 				t.Fatalf("planting the damage: %v", err)

@@ -264,7 +264,7 @@ type PIN struct {
 	Unfinished string `json:"unfinished,omitempty"`
 	// Undone says why the newest rotation left the old PIN in place.
 	Undone string `json:"undone,omitempty"`
-	// Warning is what the token says: wrong PINs were tried, it is locked, or wants another PIN. It is asked twice a minute.
+	// Warning is what the token says: wrong PINs were tried, it is locked, or wants another PIN. It is asked once a minute.
 	Warning string `json:"warning,omitempty"`
 }
 

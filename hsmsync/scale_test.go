@@ -273,7 +273,7 @@ func (w *works) raw(name string, n int) time.Duration {
 
 // BenchmarkReconcileMany is what reconciliation costs a group of three real members with many keys, in percent of one core at the
 // default interval: the processor time of the coordinator and of all agents over a few minutes in which nothing changes, whatever
-// they do meanwhile (agents count their keys twice a minute, and test themselves), and every ten minutes a listing of each
+// they do meanwhile (agents count their keys once a minute, and test themselves), and every ten minutes a listing of each
 // member's keys.
 func BenchmarkReconcileMany(b *testing.B) {
 	n, _ := strconv.Atoi(os.Getenv("TRIVET_MANY_KEYS"))

@@ -167,6 +167,11 @@ func (b *Balancer) pick(rt route, tried []*node) *node {
 	case 1:
 		return best[0]
 	}
+	if rt.gather {
+		if n := fullest(best, now); n != nil {
+			return n
+		}
+	}
 	// Two random ones, then the lighter: near the balance of the best of all, without the herd.
 	i := rand.IntN(len(best))
 	j := rand.IntN(len(best) - 1)
@@ -177,6 +182,20 @@ func (b *Balancer) pick(rt route, tried []*node) *node {
 		i = j
 	}
 	return best[i]
+}
+
+// gatherUpTo is how many requests one node may have under way before others get those that gather.
+const gatherUpTo = 32
+
+// fullest returns the node with the most under way that has room for more and nothing held against it; nil if none has anything under way.
+func fullest(nodes []*node, now time.Time) (best *node) {
+	most := int64(0)
+	for _, n := range nodes {
+		if load := n.inflight.Load(); load > most && load < gatherUpTo && n.blameless(now) {
+			best, most = n, load
+		}
+	}
+	return best
 }
 
 // in tells whether n gets traffic for what it can do. A node that is down only because probes time out does, as long as it was heard of lately, while

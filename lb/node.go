@@ -123,6 +123,13 @@ func (n *node) decayed(now time.Time) float64 {
 	return p
 }
 
+// blameless tells whether nothing went wrong with the node of late, and no request to it is overdue.
+func (n *node) blameless(now time.Time) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.slow == 0 && n.decayed(now) == 0
+}
+
 func (n *node) penalise(now time.Time) {
 	n.mu.Lock()
 	defer n.mu.Unlock()

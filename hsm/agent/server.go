@@ -92,7 +92,7 @@ const (
 	// countsEvery bounds the signatures that a kill -9 can leave out of the audit counts.
 	countsEvery = 10 * time.Second
 	// lookEvery is how often the token's keys are counted, see look.
-	lookEvery = 30 * time.Second
+	lookEvery = time.Minute
 	// parallel bounds how many digests of one batch are in the module at once, so that one caller cannot have it all.
 	parallel = 4
 	// managers bounds the management requests that run or wait. They are served one at a time.

@@ -68,20 +68,14 @@ var digested = []struct {
 
 // flags reads the digested attributes of a private key. One that the module does not know is false; one that it does not
 // keep (Profile) is taken for what the policy says, so that a clone in another vendor's token has the same digest.
-func (t *Token) flags(object p11.ObjectHandle) (map[uint]bool, error) {
+func (t *Token) flags(o object) (map[uint]bool, error) {
 	out := make(map[uint]bool, len(digested))
-	var ask []uint
-	lacking := t.raw.profile.lacking()
-	for _, a := range digested {
-		if !slices.Contains(lacking, a.kind) {
-			ask = append(ask, a.kind)
-		}
-	}
-	values, err := t.read(object, ask...)
+	ask := t.flagKinds()
+	values, err := o.read(ask...)
 	if is(err, p11.CKR_ATTRIBUTE_TYPE_INVALID) { // one of them is unknown: ask one by one
 		values = make([][]byte, len(ask))
 		for i, kind := range ask {
-			v, err := t.read(object, kind)
+			v, err := o.read(kind)
 			switch {
 			case is(err, p11.CKR_ATTRIBUTE_TYPE_INVALID):
 			case err != nil:
@@ -99,6 +93,17 @@ func (t *Token) flags(object p11.ObjectHandle) (map[uint]bool, error) {
 	return out, nil
 }
 
+// flagKinds are the digested attributes that the module keeps.
+func (t *Token) flagKinds() (kinds []uint) {
+	lacking := t.raw.profile.lacking()
+	for _, a := range digested {
+		if !slices.Contains(lacking, a.kind) {
+			kinds = append(kinds, a.kind)
+		}
+	}
+	return kinds
+}
+
 // attributeDigest hashes what a private key is and may do, as NAME=value lines.
 func attributeDigest(k hsm.KeyRecord, flags map[uint]bool) string {
 	h := sha256.New()
@@ -111,7 +116,7 @@ func attributeDigest(k hsm.KeyRecord, flags map[uint]bool) string {
 
 // obeysPolicy tells whether a private key has exactly the attributes of privatePolicy, as far as the module keeps them.
 func (t *Token) obeysPolicy(object p11.ObjectHandle, extractable bool) error {
-	got, err := t.flags(object)
+	got, err := t.flags(t.object(object))
 	if err != nil {
 		return err
 	}

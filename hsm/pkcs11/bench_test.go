@@ -55,7 +55,7 @@ func BenchmarkOpen(b *testing.B) {
 	}
 }
 
-// BenchmarkCount is what an agent does twice a minute, with a few hundred keys.
+// BenchmarkCount is what an agent does once a minute, with a few hundred keys.
 func BenchmarkCount(b *testing.B) {
 	cfg, _ := softHSM.fresh(b)
 	token := open(b, cfg)

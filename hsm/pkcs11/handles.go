@@ -78,7 +78,7 @@ func (t *Token) locate(id []byte) (handles, error) {
 	}
 	held := make(map[string]handles, len(publics))
 	for id, objects := range publics {
-		held[id] = handles{publics: objects}
+		held[id] = handles{publics: handlesOf(objects)}
 	}
 	privates, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})
 	if err != nil {

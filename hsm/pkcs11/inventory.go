@@ -84,14 +84,16 @@ func (t *Token) list() (list []hsm.KeyRecord, held map[string]handles, strangers
 	}
 	held = make(map[string]handles, len(publics))
 	for id, objects := range publics {
-		held[id] = handles{publics: objects}
+		held[id] = handles{publics: handlesOf(objects)}
 	}
 	privates, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PRIVATE_KEY)})
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	for _, object := range privates {
-		v, err := t.read(object, p11.CKA_ID, p11.CKA_LABEL)
+	used := map[string]bool{}
+	for _, handle := range privates {
+		o := t.privateObject(handle)
+		v, err := o.read(p11.CKA_ID, p11.CKA_LABEL)
 		if err != nil {
 			return nil, nil, nil, err
 		}
@@ -99,18 +101,21 @@ func (t *Token) list() (list []hsm.KeyRecord, held map[string]handles, strangers
 			continue
 		}
 		if isTransport(string(v[1])) {
-			strangers = append(strangers, t.stranger(object))
+			strangers = append(strangers, t.stranger(handle))
 		}
 		id := string(v[0])
-		k, err := t.record(object, v[0], string(v[1]), held[id].publics)
+		k, err := t.record(o, v[0], string(v[1]), publics[id])
 		if err != nil {
 			return nil, nil, nil, err
 		}
-		delete(publics, id)
-		held[id] = handles{privates: append(held[id].privates, object), publics: held[id].publics}
+		used[id] = true
+		held[id] = handles{privates: append(held[id].privates, handle), publics: held[id].publics}
 		list = append(list, k)
 	}
 	for id, objects := range publics {
+		if used[id] {
+			continue
+		}
 		k, ours, err := t.lone(id, objects)
 		if err != nil {
 			return nil, nil, nil, err
@@ -136,24 +141,52 @@ func (t *Token) list() (list []hsm.KeyRecord, held map[string]handles, strangers
 }
 
 // publics lists the public keys by their ids.
-func (t *Token) publics() (map[string][]p11.ObjectHandle, error) {
-	objects, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PUBLIC_KEY)})
+func (t *Token) publics() (map[string][]object, error) {
+	found, err := t.find(attribute{p11.CKA_CLASS, uint(p11.CKO_PUBLIC_KEY)})
 	if err != nil {
 		return nil, err
 	}
-	out := make(map[string][]p11.ObjectHandle, len(objects))
-	for _, object := range objects {
-		v, err := t.read(object, p11.CKA_ID)
+	out := make(map[string][]object, len(found))
+	for _, handle := range found {
+		o := t.publicObject(handle)
+		v, err := o.read(p11.CKA_ID)
 		if err != nil {
 			return nil, err
 		}
-		out[string(v[0])] = append(out[string(v[0])], object)
+		out[string(v[0])] = append(out[string(v[0])], o)
 	}
 	return out, nil
 }
 
+// privateObject is a private key with what an inventory asks of those on curves, which most are.
+func (t *Token) privateObject(handle p11.ObjectHandle) object {
+	return t.object(handle, append(t.flagKinds(), p11.CKA_ID, p11.CKA_LABEL, p11.CKA_LOCAL, p11.CKA_KEY_TYPE, p11.CKA_EC_PARAMS)...)
+}
+
+// publicObject is the same of a public key.
+func (t *Token) publicObject(handle p11.ObjectHandle) object {
+	return t.object(handle, p11.CKA_ID, p11.CKA_LABEL, p11.CKA_KEY_TYPE, p11.CKA_EC_PARAMS, p11.CKA_EC_POINT)
+}
+
+func handlesOf(objects []object) []p11.ObjectHandle {
+	out := make([]p11.ObjectHandle, len(objects))
+	for i, o := range objects {
+		out[i] = o.handle
+	}
+	return out
+}
+
+// publicObjects is handlesOf the other way round.
+func (t *Token) publicObjects(handles []p11.ObjectHandle) []object {
+	out := make([]object, len(handles))
+	for i, handle := range handles {
+		out[i] = t.publicObject(handle)
+	}
+	return out
+}
+
 // record describes one private key with the public ones of its id.
-func (t *Token) record(object p11.ObjectHandle, id []byte, label string, publics []p11.ObjectHandle) (k hsm.KeyRecord, err error) {
+func (t *Token) record(o object, id []byte, label string, publics []object) (k hsm.KeyRecord, err error) {
 	k.ID = hsm.KeyIDOf(id)
 	purpose, name, ok := hsm.ParseObjectLabel(label)
 	if !ok || len(id) != 16 {
@@ -161,16 +194,16 @@ func (t *Token) record(object p11.ObjectHandle, id []byte, label string, publics
 		return k, nil
 	}
 	k.Purpose, k.Label = purpose, name
-	v, err := t.read(object, p11.CKA_EXTRACTABLE, p11.CKA_LOCAL)
+	v, err := o.read(p11.CKA_EXTRACTABLE, p11.CKA_LOCAL)
 	if err != nil {
 		return k, err
 	}
 	k.Extractable, k.Local = isTrue(v[0]), isTrue(v[1])
 	k.NonExtractable = !k.Extractable
-	if k.Algorithm, err = t.algorithmOf(object); err != nil {
+	if k.Algorithm, err = algorithmOf(o); err != nil {
 		return k, err
 	}
-	flags, err := t.flags(object)
+	flags, err := t.flags(o)
 	if err != nil {
 		return k, err
 	}
@@ -179,7 +212,7 @@ func (t *Token) record(object p11.ObjectHandle, id []byte, label string, publics
 	case 0:
 		k.Fault = noPublic
 	case 1:
-		if k.SPKI, k.Fault, err = t.publicKey(publics[0]); err != nil {
+		if k.SPKI, k.Fault, err = publicKey(publics[0]); err != nil {
 			return k, err
 		}
 	default:
@@ -196,8 +229,8 @@ func (t *Token) record(object p11.ObjectHandle, id []byte, label string, publics
 }
 
 // lone describes public keys without a private one: what remains of a key half made or half destroyed, if they are ours.
-func (t *Token) lone(id string, objects []p11.ObjectHandle) (k hsm.KeyRecord, ours bool, err error) {
-	v, err := t.read(objects[0], p11.CKA_LABEL)
+func (t *Token) lone(id string, objects []object) (k hsm.KeyRecord, ours bool, err error) {
+	v, err := objects[0].read(p11.CKA_LABEL)
 	if err != nil {
 		return k, false, err
 	}
@@ -206,10 +239,10 @@ func (t *Token) lone(id string, objects []p11.ObjectHandle) (k hsm.KeyRecord, ou
 		return k, false, nil
 	}
 	k.KeySpec = hsm.KeySpec{ID: hsm.KeyIDOf([]byte(id)), Label: name, Purpose: purpose}
-	if k.Algorithm, err = t.algorithmOf(objects[0]); err != nil {
+	if k.Algorithm, err = algorithmOf(objects[0]); err != nil {
 		return k, false, err
 	}
-	if k.SPKI, _, err = t.publicKey(objects[0]); err != nil {
+	if k.SPKI, _, err = publicKey(objects[0]); err != nil {
 		return k, false, err
 	}
 	k.Fault = noPrivate
@@ -233,16 +266,17 @@ func (t *Token) pair(id []byte) (p pair, err error) {
 		return p, hsm.Errorf(hsm.ClassRequest, "find", "%d private keys in token %s have id %x: an operator must look", len(p.privates), t.label, id)
 	}
 	if len(p.privates) == 1 {
-		v, err := t.read(p.privates[0], p11.CKA_LABEL)
+		o := t.privateObject(p.privates[0])
+		v, err := o.read(p11.CKA_LABEL)
 		if err != nil {
 			return p, err
 		}
-		p.record, err = t.record(p.privates[0], id, string(v[0]), p.publics)
+		p.record, err = t.record(o, id, string(v[0]), t.publicObjects(p.publics))
 		return p, err
 	}
 	if len(p.publics) > 0 {
 		ours := false
-		if p.record, ours, err = t.lone(string(id), p.publics); err == nil && !ours {
+		if p.record, ours, err = t.lone(string(id), t.publicObjects(p.publics)); err == nil && !ours {
 			p.record.Foreign = true
 		}
 	}

@@ -145,7 +145,7 @@ func (t *Token) fixUsage(object p11.ObjectHandle) error {
 	if !t.raw.profile.FixUsage {
 		return nil
 	}
-	flags, err := t.flags(object)
+	flags, err := t.flags(t.object(object))
 	if err != nil {
 		return err
 	}

@@ -280,6 +280,42 @@ func (t *Token) read(object p11.ObjectHandle, kinds ...uint) ([][]byte, error) {
 	return out, nil
 }
 
+// object is one in the token, with what is known of its attributes.
+type object struct {
+	t      *Token
+	handle p11.ObjectHandle
+	known  map[uint][]byte
+}
+
+// object knows nothing of it yet, but for attributes asked for ahead: those that are sure to be asked for are had in one call,
+// since a call has its price whatever it asks for (SoftHSM opens the object's file dozens of times). An object that has not all
+// of them is asked as far as need be, and then says what is wrong with it.
+func (t *Token) object(handle p11.ObjectHandle, ahead ...uint) object {
+	o := object{t: t, handle: handle}
+	if len(ahead) > 0 {
+		if v, err := t.read(handle, ahead...); err == nil {
+			o.known = make(map[uint][]byte, len(ahead))
+			for i, kind := range ahead {
+				o.known[kind] = v[i]
+			}
+		}
+	}
+	return o
+}
+
+// read is Token.read, of what is not known yet.
+func (o object) read(kinds ...uint) ([][]byte, error) {
+	out := make([][]byte, len(kinds))
+	for i, kind := range kinds {
+		v, ok := o.known[kind]
+		if !ok {
+			return o.t.read(o.handle, kinds...)
+		}
+		out[i] = v
+	}
+	return out, nil
+}
+
 // remove destroys objects, in that order.
 func (t *Token) remove(objects ...p11.ObjectHandle) error {
 	for _, o := range objects {

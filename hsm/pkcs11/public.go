@@ -54,8 +54,8 @@ func (k kind) describes(param []byte) bool {
 
 // algorithmOf reads what kind of key an object is, public or private. Empty is a kind that is not ours, or an object that
 // a process was killed in the middle of making.
-func (t *Token) algorithmOf(object p11.ObjectHandle) (hsm.Algorithm, error) {
-	v, err := t.read(object, p11.CKA_KEY_TYPE)
+func algorithmOf(o object) (hsm.Algorithm, error) {
+	v, err := o.read(p11.CKA_KEY_TYPE)
 	if err != nil {
 		return "", err
 	}
@@ -63,7 +63,7 @@ func (t *Token) algorithmOf(object p11.ObjectHandle) (hsm.Algorithm, error) {
 	if bytes.Equal(v[0], ulong(p11.CKK_RSA)) {
 		asked = p11.CKA_MODULUS
 	}
-	param, err := t.read(object, asked)
+	param, err := o.read(asked)
 	if is(err, p11.CKR_ATTRIBUTE_TYPE_INVALID) {
 		return "", nil
 	} else if err != nil {
@@ -81,8 +81,8 @@ func (t *Token) algorithmOf(object p11.ObjectHandle) (hsm.Algorithm, error) {
 func ulong(v uint) []byte { return p11.NewAttribute(0, v).Value }
 
 // publicKey reads a public object. What is wrong with it is a fault, not an error.
-func (t *Token) publicKey(object p11.ObjectHandle) (spki []byte, fault string, err error) {
-	a, err := t.algorithmOf(object)
+func publicKey(o object) (spki []byte, fault string, err error) {
+	a, err := algorithmOf(o)
 	if err != nil {
 		return nil, "", err
 	}
@@ -91,7 +91,7 @@ func (t *Token) publicKey(object p11.ObjectHandle) (spki []byte, fault string, e
 	case a == "":
 		return nil, "the public key is of no known kind", nil
 	case k.bits > 0:
-		v, err := t.read(object, p11.CKA_MODULUS, p11.CKA_PUBLIC_EXPONENT)
+		v, err := o.read(p11.CKA_MODULUS, p11.CKA_PUBLIC_EXPONENT)
 		if err != nil {
 			return nil, "", err
 		}
@@ -101,7 +101,7 @@ func (t *Token) publicKey(object p11.ObjectHandle) (spki []byte, fault string, e
 		}
 		pub = &rsa.PublicKey{N: new(big.Int).SetBytes(v[0]), E: int(e.Int64())}
 	default:
-		v, err := t.read(object, p11.CKA_EC_POINT)
+		v, err := o.read(p11.CKA_EC_POINT)
 		if err != nil {
 			return nil, "", err
 		}
