@@ -304,7 +304,7 @@ func (s *site) fsck(t *testing.T) {
 	t.Logf("fsck: %v", report.Checked)
 }
 
-// database opens the record with the account that may only read.
+// database opens the record with the account that may only read. What it reads has everything that was committed before.
 func (s *site) database(t *testing.T) *sql.DB {
 	t.Helper()
 	db := s.databaseAt(t, s.status(t).Database.Nodes[0])
@@ -319,7 +319,7 @@ func (s *site) databaseAt(t *testing.T, node string) *sql.DB {
 	if err != nil {
 		t.Fatal(err)
 	}
-	db, err := sql.Open("mysql", fmt.Sprintf("%s:%s@tcp(%s)/%s?parseTime=true", d.User, strings.TrimSpace(string(password)), node, d.Name))
+	db, err := sql.Open("mysql", fmt.Sprintf("%s:%s@tcp(%s)/%s?parseTime=true&wsrep_sync_wait=1", d.User, strings.TrimSpace(string(password)), node, d.Name))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,9 @@ package e2e_test
 
 import (
 	"fmt"
+	"os"
 	"testing"
+	"time"
 )
 
 // A database node stands still under load, its connections open: those who wait for it go elsewhere, and it comes back by itself.
@@ -15,6 +17,22 @@ func TestKillDBFreeze(t *testing.T) {
 			return func() { s.run(t, "demo", "thaw", "db1") }
 		},
 		over: func() error { return s.allInStep(t) },
+	})
+}
+
+// The disk of a database node hangs under load, while the node itself goes on talking: nobody waits for it, and it catches up by itself.
+func TestKillDBDisk(t *testing.T) {
+	s := up(t)
+	if os.Geteuid() != 0 {
+		t.Skip("mounts a file system: only root may")
+	}
+	hang, mend := s.onHangingDisk(t, "db1")
+	eventually(t, 60*time.Second, func() error { return s.allInStep(t) })
+	s.allWell(t)
+	s.underLoad(t, fault{
+		name: "db_disk", form: "hangs", process: "db1", goal: goals["db_disk"],
+		strike: func() func() { hang(); return mend },
+		over:   func() error { return s.allInStep(t) },
 	})
 }
 

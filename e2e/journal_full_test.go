@@ -3,11 +3,8 @@ package e2e_test
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -55,44 +52,9 @@ func TestAFullJournalDiskSendsRequestsElsewhere(t *testing.T) {
 // onSmallDisk moves what the process must not lose to a file system of its own, with so much room beside it, and back at the end.
 func (s *site) onSmallDisk(t *testing.T, name string, room int64) string {
 	t.Helper()
-	dir := s.process(t, name).Dir
-	used := int64(0)
-	if err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		info, err := d.Info()
-		if err == nil {
-			used += max(info.Size(), info.Sys().(*syscall.Stat_t).Blocks*512)
-		}
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	copyTo := func(from, to string) error {
-		if out, err := exec.Command("cp", "-a", from+"/.", to).CombinedOutput(); err != nil {
-			return fmt.Errorf("copying %s to %s: %w\n%s", from, to, err, out)
-		}
-		return nil
-	}
-	kept := t.TempDir()
-	s.run(t, "demo", "kill", name)
-	if err := errors.Join(copyTo(dir, kept), unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d,mode=700", used+room)), copyTo(kept, dir)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		s.run(t, "demo", "kill", name)
-		now, err := os.MkdirTemp(filepath.Dir(dir), name+"-")
-		if err == nil {
-			err = errors.Join(os.Chmod(now, 0o700), copyTo(dir, now), unix.Unmount(dir, 0), os.RemoveAll(dir), os.Rename(now, dir))
-		}
-		if err != nil {
-			t.Errorf("moving %s back: %v", name, err)
-		}
-		s.run(t, "demo", "start", name)
+	return s.onDisk(t, name, func(dir string, used int64) error {
+		return unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d,mode=700", used+room))
 	})
-	s.run(t, "demo", "start", name)
-	return dir
 }
 
 // fill writes until the disk is full.

@@ -116,6 +116,7 @@ func (s *Responder) request(question []byte) (*http.Request, error) {
 		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/ocsp-request")
+	req.Header["Idempotency-Key"] = nil // sends nothing: a kept connection that the server closes just then is replaced, as for a GET
 	return req, nil
 }
 

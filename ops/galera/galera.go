@@ -236,6 +236,7 @@ func (n Node) providerOptions() string {
 		"evs.inactive_timeout=" + sec(3*s),
 		"evs.install_timeout=" + sec(2*s),
 		"evs.join_retrans_period=" + sec(s*3/10),
+		"gcs.fc_limit=1024",
 		"gcache.size=" + n.GCache,
 		"gcache.recover=yes",
 		"pc.recovery=yes",
