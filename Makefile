@@ -65,7 +65,7 @@ scenarios: ## the end-to-end scenarios, with what make build built
 .PHONY: fuzz-some
 fuzz-some: ## a few fuzz targets for half a minute each, others with every commit
 	@echo "test: fuzzing"
-	@out=$$(nice -n 19 ops/fuzz.sh 30s 4 2>&1) || { echo "$$out"; exit 1; }
+	@out=$$(nice -n 19 ops/fuzz.sh 30s 2 2>&1) || { echo "$$out"; exit 1; }
 
 .PHONY: chaos
 chaos: build ## kill each kind of process under load; table and build/chaos.json (CHAOS=name for one row)

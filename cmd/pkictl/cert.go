@@ -142,9 +142,7 @@ Give your own --idempotency-key to have the same certificate again from a later 
 			if key, err = a.prepare(csrFile, names, keyOut, &req, key); err != nil {
 				return certificate{}, err
 			}
-			ctx, cancel := context.WithTimeout(ctx, wait)
-			defer cancel()
-			cert, replayed, err := a.issue(ctx, cl, req, key)
+			cert, replayed, err := a.issue(ctx, wait, cl, req, key)
 			if err != nil {
 				switch {
 				case len(names) > 0 && refused(err):
@@ -196,8 +194,8 @@ Give your own --idempotency-key to have the same certificate again from a later 
 }
 
 // issue asks for one certificate until it is there or ctx ends.
-func (a *app) issue(ctx context.Context, cl *client, req issueRequest, key string) (cert certificate, replayed bool, err error) {
-	ans, err := a.insist(ctx, cl, http.MethodPost, "/v1/certificates", http.Header{"Idempotency-Key": {key}}, req)
+func (a *app) issue(ctx context.Context, wait time.Duration, cl *client, req issueRequest, key string) (cert certificate, replayed bool, err error) {
+	ans, err := a.insist(ctx, wait, cl, http.MethodPost, "/v1/certificates", http.Header{"Idempotency-Key": {key}}, req)
 	if err != nil {
 		return certificate{}, false, err
 	}
@@ -349,9 +347,7 @@ which, and the revocation is recorded all the same and reaches them later. Repea
 			if err != nil {
 				return revoked{}, err
 			}
-			ctx, cancel := context.WithTimeout(ctx, wait)
-			defer cancel()
-			ans, err := a.insist(ctx, cl, http.MethodPost, "/v1/certificates/"+url.PathEscape(args[0])+"/revoke", nil, body)
+			ans, err := a.insist(ctx, wait, cl, http.MethodPost, "/v1/certificates/"+url.PathEscape(args[0])+"/revoke", nil, body)
 			if err != nil {
 				return revoked{}, err
 			}

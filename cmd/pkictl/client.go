@@ -171,9 +171,10 @@ func (c *client) call(ctx context.Context, method, path string, header http.Head
 	return answer{}, p
 }
 
-// insist repeats a request that may be repeated while the installation cannot serve it, or cannot be reached, until ctx ends. Whatever the
-// earlier tries did, the answer is the same: the request carries an idempotency key, or changes nothing.
-func (a *app) insist(ctx context.Context, c *client, method, path string, header http.Header, body any) (answer, error) {
+// insist makes a request that may be repeated, and repeats it for as long as wait says while the installation cannot serve it, or cannot be reached: with 0
+// it asks once. Whatever the earlier tries did, the answer is the same: the request carries an idempotency key, or changes nothing.
+func (a *app) insist(ctx context.Context, wait time.Duration, c *client, method, path string, header http.Header, body any) (answer, error) {
+	until := time.Now().Add(wait)
 	for said := ""; ; {
 		ans, err := c.call(ctx, method, path, header, body)
 		if err == nil {
@@ -189,7 +190,7 @@ func (a *app) insist(ctx context.Context, c *client, method, path string, header
 				pause = time.Duration(p.RetryAfter) * time.Second
 			}
 		}
-		if last, ok := ctx.Deadline(); !ok || time.Until(last) < pause {
+		if time.Until(until) < pause {
 			return answer{}, err
 		}
 		if said != err.Error() {

@@ -170,6 +170,21 @@ func TestIssuingIsRepeatedWithTheSameKeyWhileNobodyCanServe(t *testing.T) {
 	}
 }
 
+// --wait says for how long a request is repeated, not how long one may take: without any wait it is made once, and its answer is told.
+func TestWithoutWaitingARequestIsMadeOnce(t *testing.T) {
+	asked := 0
+	config := api(t, func(w http.ResponseWriter, _ *http.Request) {
+		asked++
+		p := problem.New(http.StatusServiceUnavailable, "hsm-unavailable", "no member of the group can sign")
+		p.RetryAfter = 1
+		problem.Write(w, p)
+	})
+	r := pkictl(t, "cert", "issue", "--dns", "a.example.org", "--key-out", filepath.Join(t.TempDir(), "key.pem"), "--config", config, "--wait", "0s")
+	if asked != 1 || r.code != exitFailed || !strings.Contains(r.err, "no member of the group can sign") {
+		t.Errorf("asked %d times, exit %d: %s", asked, r.code, r.err)
+	}
+}
+
 func TestKeyFileIsNeverReplaced(t *testing.T) {
 	config := api(t, func(http.ResponseWriter, *http.Request) { t.Error("a certificate was asked for") })
 	key := filepath.Join(t.TempDir(), "key.pem")

@@ -53,7 +53,7 @@ func (a *app) demoTry() *cobra.Command {
 installed it makes the request and is the judge; each of its commands is printed, to be repeated.`,
 		Args: cobra.NoArgs,
 		RunE: do(a, func(ctx context.Context, _ []string) (trial, error) {
-			ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+			ctx, cancel := context.WithTimeout(ctx, trialLimit)
 			defer cancel()
 			cl, err := a.newClient("requester")
 			if err != nil {
@@ -91,6 +91,9 @@ installed it makes the request and is the judge; each of its commands is printed
 	return c
 }
 
+// trialLimit bounds a trial, and how long it waits for an installation that is still coming up.
+const trialLimit = 30 * time.Second
+
 // trier walks one certificate through its life.
 type trier struct {
 	app       *app
@@ -122,7 +125,7 @@ func (t *trier) run(ctx context.Context) error {
 		request = filepath.Join(t.dir, "request.csr")
 	}
 	if err := t.step("issue", func() (string, string, error) {
-		cert, _, err := t.app.issue(ctx, t.client, issueRequest{Profile: "tls-server", CSR: string(csr)}, newKey())
+		cert, _, err := t.app.issue(ctx, trialLimit, t.client, issueRequest{Profile: "tls-server", CSR: string(csr)}, newKey())
 		if err != nil {
 			return "", "", err
 		}
@@ -138,7 +141,7 @@ func (t *trier) run(ctx context.Context) error {
 		return err
 	}
 	if err := t.step("revoke", func() (string, string, error) {
-		ans, err := t.app.insist(ctx, t.client, http.MethodPost, "/v1/certificates/"+url.PathEscape(t.result.Certificate)+"/revoke", nil, map[string]string{"reason": "superseded"})
+		ans, err := t.app.insist(ctx, trialLimit, t.client, http.MethodPost, "/v1/certificates/"+url.PathEscape(t.result.Certificate)+"/revoke", nil, map[string]string{"reason": "superseded"})
 		if err != nil {
 			return "", "", err
 		}
