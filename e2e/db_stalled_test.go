@@ -29,11 +29,25 @@ func TestKillDBDisk(t *testing.T) {
 	hang, mend := s.onHangingDisk(t, "db1")
 	eventually(t, 60*time.Second, func() error { return s.allInStep(t) })
 	s.allWell(t)
+	paused := s.flowControl(t)
 	s.underLoad(t, fault{
 		name: "db_disk", form: "hangs", process: "db1", goal: goals["db_disk"],
 		strike: func() func() { hang(); return mend },
 		over:   func() error { return s.allInStep(t) },
 	})
+	if now := s.flowControl(t); now != paused {
+		t.Errorf("db1 stopped the others' commits %d times", now-paused)
+	}
+}
+
+// flowControl is how often the first database node has asked the others to wait for it.
+func (s *site) flowControl(t *testing.T) (times int) {
+	t.Helper()
+	var name string
+	if err := s.database(t).QueryRowContext(t.Context(), "SHOW GLOBAL STATUS LIKE 'wsrep_flow_control_sent'").Scan(&name, &times); err != nil {
+		t.Fatal(err)
+	}
+	return times
 }
 
 // allInStep says which database node is not a member, or not in step with the others.

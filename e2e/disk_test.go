@@ -38,22 +38,42 @@ func (s *site) onDisk(t *testing.T, name string, mount func(dir string, used int
 	}
 	kept := t.TempDir()
 	s.run(t, "demo", "kill", name)
-	if err := errors.Join(copyTo(dir, kept), mount(dir, used), copyTo(kept, dir)); err != nil {
+	t.Cleanup(func() { s.run(t, "demo", "start", name) })
+	if err := copyTo(dir, kept); err != nil {
+		t.Fatal(err)
+	}
+	if err := mount(dir, used); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		s.run(t, "demo", "kill", name)
-		now, err := os.MkdirTemp(filepath.Dir(dir), name+"-")
-		if err == nil {
-			err = errors.Join(copyTo(dir, now), unix.Unmount(dir, 0), os.RemoveAll(dir), os.Rename(now, dir))
-		}
-		if err != nil {
+		if err := moveBack(dir, copyTo); err != nil {
 			t.Errorf("moving %s back: %v", name, err)
 		}
-		s.run(t, "demo", "start", name)
 	})
+	if err := copyTo(kept, dir); err != nil {
+		t.Fatal(err)
+	}
 	s.run(t, "demo", "start", name)
 	return dir
+}
+
+// moveBack puts what is on the file system mounted on dir into dir itself.
+func moveBack(dir string, copyTo func(from, to string) error) error {
+	now, err := os.MkdirTemp(filepath.Dir(dir), filepath.Base(dir)+"-")
+	if err != nil {
+		return err
+	}
+	if err := copyTo(dir, now); err != nil {
+		return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return os.Rename(now, dir)
 }
 
 // onHangingDisk moves a process's directory to a disk that hang makes hang: what is written then waits, whoever writes it, until mend.
@@ -95,6 +115,16 @@ func (s *site) onHangingDisk(t *testing.T, name string) (hang, mend func()) {
 	t.Cleanup(mend) // before the directory is moved back
 	return func() {
 		t.Helper()
+		// Whoever writes to the disk meanwhile cannot even be killed: should this process be, another one mends it.
+		guard := exec.Command("sh", "-c", `sleep 60; exec fsfreeze --unfreeze "$0"`, dir)
+		guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		if err := guard.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = syscall.Kill(-guard.Process.Pid, syscall.SIGKILL)
+			_ = guard.Wait()
+		})
 		if err := freeze("--freeze"); err != nil {
 			t.Fatal(err)
 		}

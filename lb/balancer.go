@@ -184,18 +184,34 @@ func (b *Balancer) pick(rt route, tried []*node) *node {
 	return best[i]
 }
 
-// gatherUpTo is how many requests one node may have under way before others get those that gather.
-const gatherUpTo = 32
+// Bounds of gathering.
+const (
+	gatherUpTo = 32                     // requests on one node, before others get those that gather
+	gatherPace = 200 * time.Millisecond // what takes less on average is never slow: a full batch takes longer than a small one
+)
 
-// fullest returns the node with the most under way that has room for more and nothing held against it; nil if none has anything under way.
+// fullest returns the node that has the most gathered and room for more, unless something is held against it: an error of late, a request overdue, or
+// that it takes more than twice as long as another. nil if none has anything.
 func fullest(nodes []*node, now time.Time) (best *node) {
 	most := int64(0)
 	for _, n := range nodes {
-		if load := n.inflight.Load(); load > most && load < gatherUpTo && n.blameless(now) {
+		if load := n.gathered.Load(); load > most && load < gatherUpTo && n.blameless(now) && !outpaced(n, nodes) {
 			best, most = n, load
 		}
 	}
 	return best
+}
+
+// outpaced tells whether n is slow by itself and beside another. Being the fullest may come from that.
+func outpaced(n *node, nodes []*node) bool {
+	mine := n.paced()
+	if mine < gatherPace {
+		return false
+	}
+	return slices.ContainsFunc(nodes, func(o *node) bool {
+		theirs := o.paced()
+		return o != n && theirs > 0 && 2*theirs < mine
+	})
 }
 
 // in tells whether n gets traffic for what it can do. A node that is down only because probes time out does, as long as it was heard of lately, while

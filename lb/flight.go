@@ -11,6 +11,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"trivet/problem"
@@ -39,6 +40,27 @@ type attempt struct {
 	began  time.Time
 	cancel context.CancelFunc
 	late   bool // no answer when the hedge was due
+
+	progress atomic.Int32 // under way, overdue, ended: counts for the node's overdue
+}
+
+const (
+	overdue = 1 + iota
+	ended
+)
+
+// delay counts the attempt among those its node has been slow to answer, until it ends.
+func (a *attempt) delay() {
+	a.node.overdue.Add(1)
+	if !a.progress.CompareAndSwap(0, overdue) { // it has ended
+		a.node.overdue.Add(-1)
+	}
+}
+
+func (a *attempt) end() {
+	if a.progress.Swap(ended) == overdue {
+		a.node.overdue.Add(-1)
+	}
 }
 
 // answer is how an attempt ended.
@@ -180,6 +202,7 @@ func (f *flight) noteLate() (allOut bool) {
 			f.b.late(a.node)
 		}
 		a.late = true
+		a.delay()
 		if f.b.in(all, a.node, a.node.standing(), now) {
 			allOut = false
 		}
@@ -204,6 +227,9 @@ func (f *flight) judge(a *answer) bool {
 		return false
 	}
 	a.node.replied(now)
+	if f.route.gather && a.status < 500 {
+		a.node.took(now.Sub(a.began))
+	}
 	if a.status >= 500 {
 		a.node.penalise(now)
 	}
@@ -264,9 +290,16 @@ func (f *flight) start(ctx context.Context, n *node) {
 	a := &attempt{node: n, began: f.b.cfg.Now(), cancel: cancel}
 	f.attempts = append(f.attempts, a)
 	n.inflight.Add(1)
+	if f.route.gather {
+		n.gathered.Add(1)
+	}
 	go func() {
 		out := f.try(ctx, a)
 		n.inflight.Add(-1)
+		if f.route.gather {
+			n.gathered.Add(-1)
+		}
+		a.end()
 		select {
 		case f.results <- out:
 		case <-f.landed:

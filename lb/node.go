@@ -38,7 +38,9 @@ type node struct {
 	probe *http.Transport // health probes, never queued behind requests
 	stop  context.CancelFunc
 
-	inflight atomic.Int64
+	inflight atomic.Int64 // requests under way
+	gathered atomic.Int64 // of those, such as gather
+	overdue  atomic.Int64 // of those under way, such as had no answer when the hedge was due
 
 	mu        sync.Mutex
 	up        bool                 // by probes
@@ -54,6 +56,7 @@ type node struct {
 	slow      int                  // requests in a row without an answer in time
 	penalty   float64              // decaying count of errors, as of penaltyAt
 	penaltyAt time.Time            //
+	pace      time.Duration        // decaying mean of what requests that gather take; 0: none came
 }
 
 func newNode(n Node, id *identity.Identity, timing Timing) *node {
@@ -127,7 +130,23 @@ func (n *node) decayed(now time.Time) float64 {
 func (n *node) blameless(now time.Time) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.slow == 0 && n.decayed(now) == 0
+	return n.overdue.Load() == 0 && n.decayed(now) == 0
+}
+
+// took takes in how long a request that gathers has taken.
+func (n *node) took(d time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.pace == 0 {
+		n.pace = d
+	}
+	n.pace += (d - n.pace) / 8
+}
+
+func (n *node) paced() time.Duration {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.pace
 }
 
 func (n *node) penalise(now time.Time) {

@@ -1,11 +1,14 @@
 package lb_test
 
 import (
+	"crypto/rand"
 	"fmt"
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"trivet/lb"
 )
@@ -188,5 +191,47 @@ func TestAnswersPassAsTheyAre(t *testing.T) {
 	}
 	if status, h, _ := c.do(http.DefaultClient, "GET", c.publicURL("/crl/x.crl"), "", "If-None-Match", `"e"`); status != 304 || h.Get("ETag") != `"e"` {
 		t.Errorf("304: %d %v", status, h)
+	}
+}
+
+// Requests to issue that come together go to one node; requests to read are spread.
+func TestRequestsToIssueThatComeTogetherGoToOneNode(t *testing.T) {
+	c := newCluster(t, lb.Timing{ReadHedge: time.Minute, WriteHedge: time.Minute, ReadTotal: 2 * time.Minute, WriteTotal: 2 * time.Minute}, "ca1", "ca2")
+	const clients = 12
+	together := func(method, path, body string) (most int) {
+		before := map[string]int{}
+		for name, n := range c.nodes {
+			before[name] = len(n.requests())
+		}
+		here, open := make(chan struct{}, clients), make(chan struct{})
+		for _, n := range c.nodes {
+			n.answer(func(w http.ResponseWriter, _ *http.Request) {
+				here <- struct{}{}
+				<-open
+				w.WriteHeader(http.StatusOK)
+			})
+		}
+		client := c.client(c.requester)
+		var wg sync.WaitGroup
+		for range clients { // each begins when the last has reached a node
+			wg.Go(func() {
+				if status, _, _, err := do(client, method, c.apiURL(path), body, "Idempotency-Key", rand.Text()); err != nil || status != http.StatusOK {
+					t.Errorf("%s %s: %d, %v", method, path, status, err)
+				}
+			})
+			<-here
+		}
+		close(open)
+		wg.Wait()
+		for name, n := range c.nodes {
+			most = max(most, len(n.requests())-before[name])
+		}
+		return most
+	}
+	if most := together(http.MethodPost, "/v1/certificates", "{}"); most != clients {
+		t.Errorf("of %d requests to issue, at most %d went to one node", clients, most)
+	}
+	if most := together(http.MethodGet, "/v1/certificates/x", ""); most > clients*2/3 {
+		t.Errorf("of %d requests to read, %d went to one node", clients, most)
 	}
 }

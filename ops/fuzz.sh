@@ -22,12 +22,13 @@ fi
 
 # remember copies the shortest inputs that are new to a target out of Go's cache, until it has so many.
 remember() {
-  local pkg=$1 target=$2 cache kept
+  local pkg=$1 target=$2 cache kept file files
   cache=$(go env GOCACHE)/fuzz/$(go list "$pkg")/$target
   kept=$pkg/testdata/fuzz/$target
   [ -d "$cache" ] || return 0
   mkdir -p "$kept"
-  find "$cache" -type f -size -16k -printf '%s %p\n' | sort -n | cut -d' ' -f2- | while read -r file; do
+  mapfile -t files < <(find "$cache" -type f -size -16k -printf '%s %p\n' | sort -n | cut -d' ' -f2-)
+  for file in "${files[@]}"; do
     [ "$(find "$kept" -type f | wc -l)" -lt "$keep" ] || break
     cp -n "$file" "$kept/"
   done

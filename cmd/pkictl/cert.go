@@ -189,11 +189,11 @@ Give your own --idempotency-key to have the same certificate again from a later 
 	f.StringVar(&req.Reference, "reference", "", "your own mark, kept with the certificate")
 	f.StringVar(&key, "idempotency-key", "", "what makes this request one and the same (default: a random one)")
 	f.StringVar(&out, "out", "", "where certificate and chain go, as PEM (default: standard output)")
-	f.DurationVar(&wait, "wait", 30*time.Second, "how long to go on asking while nobody can serve")
+	f.DurationVar(&wait, "wait", 30*time.Second, "how long to go on asking while nobody can serve; one request may take up to 30 s")
 	return c
 }
 
-// issue asks for one certificate until it is there or ctx ends.
+// issue asks for one certificate until it is there, or for as long as wait says.
 func (a *app) issue(ctx context.Context, wait time.Duration, cl *client, req issueRequest, key string) (cert certificate, replayed bool, err error) {
 	ans, err := a.insist(ctx, wait, cl, http.MethodPost, "/v1/certificates", http.Header{"Idempotency-Key": {key}}, req)
 	if err != nil {
@@ -372,7 +372,7 @@ which, and the revocation is recorded all the same and reaches them later. Repea
 	f.StringVar(&body.Reason, "reason", "unspecified", "RFC 5280 reason: "+strings.Join(reasons, ", "))
 	f.StringVar(&since, "invalidity-date", "", "since when the key may have been misused, as 2027-01-31T12:00:00Z")
 	f.StringVar(&body.Comment, "comment", "", "kept with the revocation")
-	f.DurationVar(&wait, "wait", 30*time.Second, "how long to go on asking while nobody can serve")
+	f.DurationVar(&wait, "wait", 30*time.Second, "how long to go on asking while nobody can serve; one request may take up to 30 s")
 	_ = c.RegisterFlagCompletionFunc("reason", cobra.FixedCompletions(reasons, cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
