@@ -166,20 +166,11 @@ func (r *rig) exec(i int, q string) {
 func (r *rig) together() {
 	r.t.Helper()
 	sees := func(i int) error {
-		db, err := galera.Admin(r.nodes[i])
-		if err != nil {
-			return err
+		st, err := galera.Query(r.ctx(), r.nodes[i])
+		if err == nil && (!st.Serving() || st.Size != len(r.nodes)) {
+			err = fmt.Errorf("%s is not in step with all others: %+v", r.nodes[i].Name, st)
 		}
-		defer db.Close()
-		var size, state int
-		if err := db.QueryRowContext(r.ctx(), `SELECT (SELECT VARIABLE_VALUE FROM information_schema.GLOBAL_STATUS WHERE VARIABLE_NAME = 'WSREP_CLUSTER_SIZE'),
-			(SELECT VARIABLE_VALUE FROM information_schema.GLOBAL_STATUS WHERE VARIABLE_NAME = 'WSREP_LOCAL_STATE')`).Scan(&size, &state); err != nil {
-			return err
-		}
-		if size != len(r.nodes) || state != 4 {
-			return fmt.Errorf("%s sees %d nodes, and is in state %d", r.nodes[i].Name, size, state)
-		}
-		return nil
+		return err
 	}
 	deadline := time.Now().Add(time.Minute)
 	for good := 0; good < 5; time.Sleep(100 * time.Millisecond) {
