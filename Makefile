@@ -7,8 +7,8 @@ BIN     := bin
 CMDS    := ca ocsp lb hsmd pkictl
 FUZZ    ?= 5s
 
-# What the race detector runs over: everything but the end-to-end scenarios, whose processes are built with it.
-PACKAGES = $(shell $(GO) list ./... | grep -v -e '/e2e' -e '/bench')
+# What the race detector runs over: everything but the end-to-end scenarios. The two that take longest begin first, so that nothing waits for them alone.
+PACKAGES = ./ca ./hsmsync $(shell $(GO) list ./... | grep -v -e '/e2e' -e '/bench')
 
 .PHONY: help
 help: ## list the targets
@@ -46,15 +46,15 @@ test-fast: ## the tests that need no database and no HSM, without the race detec
 .PHONY: test
 test: ## everything that must pass before a merge: lint, all tests under the race detector, end to end, some fuzzing
 	@ops/install.sh test
-	@$(MAKE) --no-print-directory -j2 lint packages
+	@$(MAKE) --no-print-directory packages
 	@$(MAKE) --no-print-directory build
-	@$(MAKE) --no-print-directory -j2 scenarios fuzz-some
+	@$(MAKE) --no-print-directory -j2 scenarios beside
 
 # Lint vets: there is no need to do it twice.
 .PHONY: packages
 packages: ## all tests but the end-to-end scenarios, under the race detector
 	@echo "test: packages, race detector"
-	@$(GO) test -race -vet=off -p 3 -timeout 20m $(PACKAGES)
+	@$(GO) test -race -vet=off -p 4 -timeout 20m $(PACKAGES)
 
 .PHONY: scenarios
 scenarios: ## the end-to-end scenarios, with what make build built
@@ -62,6 +62,12 @@ scenarios: ## the end-to-end scenarios, with what make build built
 	@$(GO) test -count=1 -p 1 -timeout 20m ./e2e
 
 # Beside the scenarios, which wait more than they compute, and behind them in the queue for the processors.
+.PHONY: beside
+beside:
+	@echo "test: lint"
+	@out=$$(nice -n 19 $(MAKE) --no-print-directory lint 2>&1) || { echo "$$out"; exit 1; }
+	@$(MAKE) --no-print-directory fuzz-some
+
 .PHONY: fuzz-some
 fuzz-some: ## a few fuzz targets for half a minute each, others with every commit
 	@echo "test: fuzzing"
