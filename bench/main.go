@@ -57,7 +57,7 @@ func run(ctx context.Context) (err error) {
 		{[]string{"reconcile_1000"}, hsmReconcile},
 		{[]string{"ca_kill"}, caKill},
 		{[]string{"demo_start"}, demoStart},
-		{[]string{"issue_large"}, issueLarge}, // last: the responders are gone after it
+		{[]string{"issue_large", "record_bytes"}, issueLarge}, // last: the responders are gone after it
 	}
 	only := os.Getenv("BENCH")
 	if only != "" {

@@ -137,7 +137,9 @@ func intentOf(issuer string, then time.Time) db.Intent {
 	req := sha256.Sum256(serial)
 	tbs := make([]byte, tbsSize)
 	_, _ = rand.Read(tbs)
+	key := sha256.Sum256(req[:]) // one of its own, as certificates mostly have
 	return db.Intent{
+		Key:    key[:],
 		Issuer: issuer, Serial: serial, Created: then, Req: req[:], Body: req[:], TBS: tbs, Profile: "tls-server", ProfileVersion: 1, ProfileHash: req[:],
 		Requester: "trivet://demo/requester/bench", SiteEpoch: 1, Node: "bench",
 	}
@@ -149,8 +151,6 @@ func batch(ctx context.Context, store *db.Store, lane *db.Lane, size int) (int, 
 	facts := make([]db.Fact, size)
 	for i := range intents {
 		intents[i] = intent()
-		key := sha256.Sum256(intents[i].Req)
-		intents[i].Key = key[:] // one of its own, as certificates mostly have
 		reqs[i] = intents[i].Req
 		facts[i] = db.Fact{Outcome: &db.Outcome{Issuer: intents[i].Issuer, Serial: intents[i].Serial, Kind: db.OutcomeCert, DER: make([]byte, derSize), NotAfter: time.Now().Add(time.Hour)}}
 	}
