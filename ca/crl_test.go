@@ -192,7 +192,7 @@ func TestRevocationIsOnTheNextCRL(t *testing.T) {
 	if due() {
 		t.Error("a CRL is due again")
 	}
-	n.Engine.SetNow(func() time.Time { return time.Now().Add(24*time.Hour + time.Minute) })
+	n.Advance(24*time.Hour + time.Minute)
 	if !due() {
 		t.Error("a CRL a day old is not due")
 	}
@@ -256,7 +256,7 @@ func TestWrongSignatureIsNeverPublished(t *testing.T) {
 // While no HSM signs, a CRL that is due must not use up a number at every look; once one signs again, it comes.
 func TestOutageOfTheHSMsDoesNotFillTheRecordWithCRLNumbers(t *testing.T) {
 	n, keys, _ := established(t, nil, nil)
-	n.Engine.SetNow(func() time.Time { return time.Now().Add(24*time.Hour + time.Minute) })
+	n.Advance(24*time.Hour + time.Minute)
 	a, _ := n.Engine.Authorities().Issuer("demo-g1")
 	before := len(crlRows(t, n, "demo-g1"))
 	keys.Change("demo", func(k *catest.Key) { k.Refuse = func() error { return errors.New("injected: no HSM") } })

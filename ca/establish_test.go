@@ -192,10 +192,9 @@ func TestEnsureSiteHasOneWinner(t *testing.T) {
 
 func TestResponderIsRenewedOnceWithTheSameKey(t *testing.T) {
 	n, keys, cfg := established(t, nil, nil)
-	later := func() time.Time { return time.Now().Add(16 * 24 * time.Hour) }
-	n.Engine.SetNow(later)
+	n.Advance(16 * 24 * time.Hour)
 	other := catest.Start(t, cfg, keys, catest.Config{Name: "ca2"})
-	other.Engine.SetNow(later)
+	other.Advance(16 * 24 * time.Hour)
 	var renewers []*ca.Responders
 	for _, node := range []*catest.Node{n, other} {
 		r, err := ca.NewResponders(ca.RespondersConfig{Engine: node.Engine, Lane: node.Status, Requester: "trivet://test/ca/" + node.Name})

@@ -8,9 +8,6 @@ import (
 	"trivet/db"
 )
 
-// SetNow replaces the engine's clock.
-func (e *Engine) SetNow(now func() time.Time) { e.cfg.Now = now }
-
 // Interpose puts a fault between a Revoker and its lane.
 func (r *Revoker) Interpose(between func(FactLane) FactLane) { r.lane = between(r.lane) }
 

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -149,7 +150,14 @@ type Node struct {
 	Barrier  *ca.Barrier
 	Revoker  *ca.Revoker
 	CRLs     *ca.CRLs
+
+	ahead atomic.Int64
 }
+
+// Advance sets the engine's clock on.
+func (n *Node) Advance(by time.Duration) { n.ahead.Add(int64(by)) }
+
+func (n *Node) now() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) }
 
 // Start starts a node and stops it with the test. The site is "here", its epoch 1.
 func Start(t testing.TB, database db.Config, keys ca.KeySource, c Config) *Node {
@@ -186,6 +194,7 @@ func Start(t testing.TB, database db.Config, keys ca.KeySource, c Config) *Node 
 	must(err)
 	n.Engine, err = ca.New(ca.Config{
 		Node: c.Name, Store: n.Store, Journal: n.Journal, Lane: n.Lane, Keys: keys, MACKeys: MACKeys(t), Profiles: n.Profiles, Epoch: epoch, BaseURL: "http://pki.test", Log: log,
+		Now: n.now,
 	})
 	must(err)
 	ctx, cancel := context.WithCancel(context.Background())
