@@ -139,9 +139,8 @@ func intentOf(issuer string, then time.Time) db.Intent {
 	_, _ = rand.Read(tbs)
 	key := sha256.Sum256(req[:]) // one of its own, as certificates mostly have
 	return db.Intent{
-		Key:    key[:],
 		Issuer: issuer, Serial: serial, Created: then, Req: req[:], Body: req[:], TBS: tbs, Profile: "tls-server", ProfileVersion: 1, ProfileHash: req[:],
-		Requester: "trivet://demo/requester/bench", SiteEpoch: 1, Node: "bench",
+		Requester: "trivet://demo/requester/bench", SiteEpoch: 1, Node: "bench", Key: key[:],
 	}
 }
 
