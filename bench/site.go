@@ -12,9 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/goccy/go-yaml"
 
 	"trivet/cluster"
 	"trivet/load"
@@ -105,6 +108,93 @@ func (s *site) kill(name string) error {
 		return fmt.Errorf("%s does not run", name)
 	}
 	return syscall.Kill(p.PID, syscall.SIGKILL)
+}
+
+// unbalance takes a node out of the balancer's list and returns what puts it back. The node runs on.
+func (s *site) unbalance(ctx context.Context, name string) (putBack func() error, err error) {
+	layout, err := cluster.NewLayout(s.dir, network)
+	if err != nil {
+		return nil, err
+	}
+	path := layout.Config("lb1")
+	before, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var config map[string]any
+	if err := yaml.Unmarshal(before, &config); err != nil {
+		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	nodes, _ := config["nodes"].([]any)
+	isNode := func(n any) bool { m, _ := n.(map[string]any); return m["name"] == name }
+	if !slices.ContainsFunc(nodes, isNode) {
+		return nil, fmt.Errorf("%s names no node %s", path, name)
+	}
+	config["nodes"] = slices.DeleteFunc(nodes, isNode)
+	without, err := yaml.Marshal(config)
+	if err != nil {
+		return nil, err
+	}
+	return func() error { return s.rebalance(ctx, path, before, name, true) }, s.rebalance(ctx, path, without, name, false)
+}
+
+// rebalance gives the balancer another configuration and waits until a node is in its table, or is not.
+func (s *site) rebalance(ctx context.Context, path string, config []byte, name string, in bool) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if err := os.WriteFile(path, config, 0o644); err != nil {
+		return err
+	}
+	p, err := s.process(ctx, "lb1")
+	if err != nil {
+		return err
+	}
+	if err := syscall.Kill(p.PID, syscall.SIGHUP); err != nil {
+		return fmt.Errorf("telling lb1: %w", err)
+	}
+	issuer, err := s.issuer(ctx, 1)
+	if err != nil {
+		return err
+	}
+	for {
+		var state struct {
+			Nodes []struct {
+				Name string `json:"name"`
+				In   bool   `json:"in"`
+			} `json:"nodes"`
+		}
+		if err := getJSON(ctx, issuer.Client, "https://"+p.Addresses["status"]+"/lb/state", &state); err != nil {
+			return err
+		}
+		now := false
+		for _, n := range state.Nodes {
+			now = now || n.Name == name && n.In
+		}
+		if now == in {
+			return nil
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%s in the balancer's table: %v, and not %v", name, now, in)
+		}
+	}
+}
+
+func getJSON(ctx context.Context, client *http.Client, url string, into any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s answers %s", url, resp.Status)
+	}
+	return json.NewDecoder(resp.Body).Decode(into)
 }
 
 // well waits until every part can do all it should.
