@@ -162,6 +162,24 @@ func (r *rig) exec(i int, q string) {
 	}
 }
 
+// insert writes a row at a node whose peers are leaving: until they have agreed on who is left, it may refuse, or not know whether it has written.
+func (r *rig) insert(i, row int) {
+	r.t.Helper()
+	db, err := galera.Admin(r.nodes[i])
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer db.Close()
+	for ctx := r.ctx(); ; time.Sleep(50 * time.Millisecond) {
+		if _, err = db.ExecContext(ctx, "INSERT IGNORE INTO trivet.t VALUES (?)", row); err == nil {
+			return
+		}
+		if ctx.Err() != nil {
+			r.t.Fatalf("%s takes no row: %v", r.nodes[i].Name, err)
+		}
+	}
+}
+
 // together waits until every node sees all of them, and goes on to for half a second: long enough for one that was silent to be given up.
 func (r *rig) together() {
 	r.t.Helper()

@@ -125,7 +125,7 @@ func TestWholeClusterIsRecovered(t *testing.T) {
 	t.Run("all killed, the one that misses a write does not found", func(t *testing.T) {
 		r.together() // the others may have given up the frozen one
 		r.kill(0)
-		r.exec(1, "INSERT INTO trivet.t VALUES (100)")
+		r.insert(1, 100)
 		r.down(1, 2)
 		in := r.survey()
 		p, err := galera.Choose(in, galera.Accept{})
@@ -166,7 +166,7 @@ func TestWholeClusterIsRecovered(t *testing.T) {
 	}
 	t.Run("the disk of a node that had left is no loss", func(t *testing.T) {
 		r.kill(2)
-		r.exec(0, "INSERT INTO trivet.t VALUES (101)")
+		r.insert(0, 101)
 		for i := range 2 { // the provider writes a new view down a moment after it goes by it
 			r.until("the view without db3 is written down", func() bool {
 				in, err := galera.Glance(r.ctx(), r.nodes[i])
