@@ -297,7 +297,7 @@ func (e *Engine) release(ctx context.Context, jobs []*job, except string) {
 		return
 	}
 	ready := make([]*job, 0, len(jobs))
-	results := make([]*Issued, 0, len(jobs))
+	answers := make([]func(), 0, len(jobs))
 	records := make([]*journal.Done, 0, len(jobs))
 	for i, j := range jobs {
 		row := rows[i]
@@ -305,13 +305,14 @@ func (e *Engine) release(ctx context.Context, jobs []*job, except string) {
 			e.again(j, errVanished)
 			continue
 		}
+		// That a request was abandoned is told like a certificate: in no round, and on record.
 		issued, err := e.judge(j, row)
-		if err != nil {
+		if err != nil && NameOf(err) != RequestAbandoned {
 			e.finish(j, nil, err)
 			continue
 		}
-		ready, results = append(ready, j), append(results, issued)
-		records = append(records, doneOf(row.Intent, row.Outcome, nil))
+		ready, answers = append(ready, j), append(answers, func() { e.finish(j, issued, err) })
+		records = append(records, doneOf(row.Intent, row.Outcome, j.tbs(row.Intent)))
 		at.state = row.Round // of one statement, so the same for all
 	}
 	if len(ready) == 0 {
@@ -324,9 +325,17 @@ func (e *Engine) release(ctx context.Context, jobs []*job, except string) {
 		e.fail(ready, err)
 		return
 	}
-	for i, j := range ready {
-		e.finish(j, results[i], nil)
+	for _, answer := range answers {
+		answer()
 	}
+}
+
+// tbs is the TBSCertificate of an intent of the job's request; nil if it is not known here: recovery gave the request another serial.
+func (j *job) tbs(intent *db.Intent) []byte {
+	if string(intent.Serial) == string(j.intent.Serial) {
+		return j.intent.TBS
+	}
+	return nil
 }
 
 // readBack asks a database node other than except for intent and outcome of every job, by request key; either may be nil.
@@ -345,21 +354,17 @@ func (e *Engine) readBack(ctx context.Context, jobs []*job, except string) ([]db
 	return rows, nil
 }
 
-// judge turns the row of a job into what may be released.
+// judge turns the row of a job into what may be released: a certificate, or the error that tells of an abandonment.
 func (e *Engine) judge(j *job, row db.Issued) (*Issued, error) {
 	if string(row.Intent.Body) != string(j.body[:]) {
 		return nil, mismatch()
 	}
 	if row.Outcome.Kind == outcomeAbandoned {
-		return nil, refuse(RequestAbandoned, "Idempotency-Key", "this request was abandoned and its serial %s counts as revoked: use a new key", hex.EncodeToString(row.Intent.Serial))
+		return nil, abandoned(row.Intent.Serial)
 	}
 	if string(row.Outcome.DER) != string(j.der) {
-		// Made by another node. Its TBSCertificate is known here unless recovery gave the request another serial.
-		var tbs []byte
-		if string(row.Intent.Serial) == string(j.intent.Serial) {
-			tbs = j.intent.TBS
-		}
-		if _, err := verifyIssued(row.Outcome.DER, tbs, j.issuer.key); err != nil {
+		// Made by another node.
+		if _, err := verifyIssued(row.Outcome.DER, j.tbs(row.Intent), j.issuer.key); err != nil {
 			e.cfg.Log.Error("the record holds a certificate that does not verify: it is not released", "issuer", row.Intent.Issuer,
 				"serial", hex.EncodeToString(row.Intent.Serial), "err", err)
 			return nil, unavailable(DatabaseUnavailable, err, "the certificate on record does not verify: the operators must look at it")

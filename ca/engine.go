@@ -225,6 +225,7 @@ type record interface {
 	InsertIntents(ctx context.Context, intents []db.Intent) (rows []db.Intent, node string, err error)
 	ReadBack(ctx context.Context, except string, reqs [][]byte) (rows []db.Issued, node string, err error)
 	Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error)
+	CertificateElsewhere(ctx context.Context, except, issuer string, serial []byte) (c *db.Certificate, node string, err error)
 	OpenIntents(ctx context.Context, olderThan time.Duration, limit int) ([]db.Intent, error)
 	KeepTBS(ctx context.Context, k db.TBSKeeping) (db.TBSState, error)
 	Blocked(ctx context.Context, except string, spkis ...[]byte) ([]db.BlockedKey, error)

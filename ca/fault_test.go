@@ -448,11 +448,70 @@ func TestWhatPolicyRefusesNowIsAbandonedAndNeverShown(t *testing.T) {
 	if _, err := c.issue(t, r); ca.NameOf(err) != ca.RequestAbandoned {
 		t.Errorf("a repeat elsewhere: got %v, want %s", err, ca.RequestAbandoned)
 	}
+	told := 0
+	if err := c.journal.Replay(func(e journal.Entry) error {
+		if e.Kind == journal.KindDone {
+			told++
+		}
+		return nil
+	}); err != nil || told != 1 {
+		t.Errorf("the node that told of it has %d records of it, %v: a database that loses it would give the request a certificate", told, err)
+	}
 	g.thaw()
 	if err := <-first; ca.NameOf(err) != ca.RequestAbandoned {
 		t.Errorf("the node that had signed: got %v, want %s", err, ca.RequestAbandoned)
 	}
 	p.check(t)
+}
+
+// elsewhere notes which database node an abandonment was committed on, and which were asked for it.
+type elsewhere struct {
+	ca.Record
+	ca.FactLane
+	committed, except, asked string
+}
+
+func (r *elsewhere) Append(ctx context.Context, facts []db.Fact) ([]db.Appended, error) {
+	appended, err := r.FactLane.Append(ctx, facts)
+	if err == nil {
+		r.committed = appended[0].Node
+	}
+	return appended, err
+}
+
+func (r *elsewhere) CertificateElsewhere(ctx context.Context, except, issuer string, serial []byte) (*db.Certificate, string, error) {
+	c, node, err := r.Record.CertificateElsewhere(ctx, except, issuer, serial)
+	r.except, r.asked = except, node
+	return c, node, err
+}
+
+// Should the only database node that has an abandonment die with it, somebody might finish the request after all.
+func TestAnAbandonmentIsReadBackFromAnotherDatabaseNode(t *testing.T) {
+	p := newPKI(t)
+	g := newGate(steps[2])
+	defer g.open()
+	a := p.start(t, "ca1", g.interpose)
+	go a.engine.Issue(context.Background(), ask(t, "k1", "www.example.org"))
+	<-g.reached
+	var seen elsewhere
+	b := p.start(t, "ca2", func(c *ca.Config) func(*ca.Engine) {
+		stricter, err := ca.NewProfiles(profile(t, "version: 1", "version: 2", "under: []", "under: [example.com]"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Profiles = stricter
+		later(c)
+		return func(e *ca.Engine) {
+			e.Interpose(func(r ca.Record) ca.Record { seen.Record = r; return &seen }, func(l ca.FactLane) ca.FactLane { seen.FactLane = l; return &seen },
+				func(j ca.JournalWriter) ca.JournalWriter { return j })
+		}
+	})
+	if err := b.engine.Sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if seen.committed == "" || seen.except != seen.committed || seen.asked == "" || seen.asked == seen.committed {
+		t.Errorf("committed on %q, asked %q and not %q", seen.committed, seen.asked, seen.except)
+	}
 }
 
 // Whoever can write to the database cannot have anything signed that the profile would not have made.

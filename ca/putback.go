@@ -29,7 +29,7 @@ type restorer struct {
 }
 
 // mayOverrule tells whether a released fact wins over what the database has in its place: that was not released, because nothing has been since
-// the fact was. Of an older fact an earlier round decided.
+// the fact was, or since a round in which it stood (see Rounds.standing). Of any older fact an earlier round decided.
 func (b *restorer) mayOverrule(d journal.Done) bool { return !b.late && d.Round >= b.ended }
 
 // conflict reports a contradiction that is left as it is.

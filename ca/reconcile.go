@@ -188,8 +188,20 @@ func (r *Rounds) restore(ctx context.Context, n uint64, round db.Round, late boo
 		return err
 	}
 	ended := r.lastEnded()
+	stand := map[string]uint64{}
 	var work [4][]journal.Done
 	for _, d := range lost {
+		since, ok := stand[d.owner]
+		if !ok {
+			if since, err = r.standing(ctx, d.owner, ended); err != nil {
+				return err
+			}
+			stand[d.owner] = since
+		}
+		if d.Round >= since {
+			d.Round = max(d.Round, ended)
+		}
+		d := d.Done
 		switch d.Kind {
 		case journal.DoneCert:
 			work[0] = append(work[0], d)
@@ -227,8 +239,32 @@ func (r *Rounds) lastEnded() uint64 {
 	return max(min(r.ended, r.n-1), min(r.state.Ended, r.n-1)) // the database may have forgotten that it ended
 }
 
+// standing returns the round from which on what a node released has stood until now: it did its part, in time, in every round since, up to the newest
+// that ended. A fact of then is as good as one released in that round: whatever contradicts it came after it, and was not released.
+func (r *Rounds) standing(ctx context.Context, node string, ended uint64) (since uint64, err error) {
+	for n := ended; n > 0; n-- {
+		report, err := r.record.Round(ctx, n)
+		if err != nil {
+			return 0, fmt.Errorf("reading recovery round %d: %w", n, err)
+		}
+		if report == nil {
+			return n, nil
+		}
+		if last := lastRecon(report, node); last == nil || last.Event != db.ReconDone {
+			return n, nil
+		}
+	}
+	return 0, nil
+}
+
+// released is a done record, and whose it is.
+type released struct {
+	journal.Done
+	owner string
+}
+
 // lost returns the done records of this node's journal, and of the copies it holds, whose place in the feed the database does not show.
-func (r *Rounds) lost(ctx context.Context) ([]journal.Done, error) {
+func (r *Rounds) lost(ctx context.Context) ([]released, error) {
 	highest, err := r.highest()
 	if err != nil {
 		return nil, err
@@ -260,13 +296,13 @@ func (r *Rounds) lost(ctx context.Context) ([]journal.Done, error) {
 		return nil, nil
 	}
 	seen := map[string]bool{}
-	var out []journal.Done
-	take := func(d journal.Done) {
+	var out []released
+	take := func(owner string, d journal.Done) {
 		first, doubt := from[d.Lane]
 		key := fmt.Sprintf("%s/%s/%s/%d/%d/%d", d.Kind, d.Issuer, d.Serial, d.Ver, d.Round, eventNumber(d))
 		if doubt && d.Seq >= first && !seen[key] {
 			seen[key] = true
-			out = append(out, d)
+			out = append(out, released{d, owner})
 		}
 	}
 	err = r.cfg.Journal.Replay(func(e journal.Entry) error {
@@ -277,21 +313,21 @@ func (r *Rounds) lost(ctx context.Context) ([]journal.Done, error) {
 		if err := e.Decode(&d); err != nil {
 			return err
 		}
-		take(d)
+		take(r.cfg.Node, d)
 		return nil
 	})
 	if err == nil && r.cfg.Held != nil {
-		err = r.cfg.Held.Each(func(_, _ string, d journal.Done) error { take(d); return nil })
+		err = r.cfg.Held.Each(func(owner, _ string, d journal.Done) error { take(owner, d); return nil })
 	}
 	if err != nil {
 		return nil, fmt.Errorf("reading what was released: %w", err)
 	}
 	// Newest rounds last: what a later round made of a fact is what counts.
-	slices.SortStableFunc(out, func(a, b journal.Done) int {
+	slices.SortStableFunc(out, func(a, b released) int {
 		if a.Round != b.Round {
 			return int(int64(a.Round) - int64(b.Round))
 		}
-		return int(eventNumber(a)) - int(eventNumber(b))
+		return int(eventNumber(a.Done)) - int(eventNumber(b.Done))
 	})
 	return out, nil
 }

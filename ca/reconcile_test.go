@@ -118,8 +118,23 @@ func (m *member) kill(t *testing.T) {
 
 // What the database made of a request after it lost the first certificate gives way to that one, which was released.
 func TestReleasedBeatsWhatCameAfterTheLoss(t *testing.T) {
+	for _, earlier := range []bool{false, true} {
+		t.Run(fmt.Sprintf("an earlier round %v", earlier), func(t *testing.T) { releasedBeats(t, earlier) })
+	}
+}
+
+// releasedBeats is the test; earlier has a round end between release and loss, in which both nodes did their part.
+func releasedBeats(t *testing.T, earlier bool) {
 	s := newSite(t, nil, "ca1", "ca2")
 	issued := s.issueSome(t, 0, 3, "ca1")
+	if earlier {
+		if err := s.nodes["ca1"].store.BeginRound(t.Context(), db.Round{N: 1, Node: "ca1", Cause: "a test"}); err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range s.nodes {
+			dbtest.Until(t, "the round has ended", func() bool { st := m.rounds.Status(); return st.State.N == 1 && st.Entered == 1 && st.Err == nil })
+		}
+	}
 	abandoned, other := issued["k1"], issued["k2"]
 	for _, m := range s.nodes {
 		m.stop()

@@ -90,15 +90,23 @@ func (e *Engine) settle(ctx context.Context, t *tail) error {
 		}
 		t.released = t.released[:len(t.released)-1]
 	}
-	for id, i := range t.open {
-		row, err := e.find(ctx, i.Issuer, i.Serial)
-		if err != nil {
-			return err
-		}
-		if row == nil {
-			if err := e.bury(ctx, i); err != nil {
+	// Not during a recovery round: an intent that another node finished may be about to come back, and a buried one would keep its request key from it.
+	err := e.cfg.Rounds.Complete(ctx, func() error {
+		for id, i := range t.open {
+			if row, err := e.find(ctx, i.Issuer, i.Serial); err != nil {
 				return err
+			} else if row != nil {
+				delete(t.open, id)
 			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for id, i := range t.open {
+		if err := e.bury(ctx, i); err != nil {
+			return err
 		}
 		delete(t.open, id)
 	}

@@ -75,6 +75,18 @@ func TestLostCommitsArePutBackWhateverTheOrderOfStarts(t *testing.T) {
 	}
 }
 
+// The only node that knows of what is lost was restarted meanwhile: it compares before it ends the lanes of its earlier life.
+func TestANodeThatWasRestartedNoticesALoss(t *testing.T) {
+	s := newSite(t, nil, "ca1")
+	issued := s.issueSome(t, 0, 5, "ca1")
+	s.nodes["ca1"].stop()
+	s.lose(t, 2, true)
+	s.up(t, "ca1", nil)
+	s.await(t, "ca1")
+	s.same(t, issued, "ca1")
+	s.intact(t)
+}
+
 // requireCopies has nodes release nothing without a copy.
 func requireCopies(c *ca.RoundsConfig) { c.RequireCopy = true }
 

@@ -17,6 +17,9 @@ type suspect struct {
 	*watched
 	signs atomic.Uint64
 	fails atomic.Int32
+
+	before func()                 // called before a round is begun; nil: nothing
+	after  atomic.Pointer[func()] // called whenever a round has been seen; nil: nothing
 }
 
 func (s *suspect) Regress() (uint64, string) {
@@ -31,7 +34,18 @@ func (s *suspect) BeginRound(ctx context.Context, r db.Round) error {
 	if s.fails.Add(-1) >= 0 {
 		return &db.Error{Class: db.NotReady, Op: "begin round", Err: errors.New("a test")}
 	}
+	if s.before != nil {
+		s.before()
+	}
 	return s.Store.BeginRound(ctx, r)
+}
+
+func (s *suspect) RoundState(ctx context.Context) (db.RoundState, error) {
+	state, err := s.watched.RoundState(ctx)
+	if after := s.after.Load(); err == nil && state.N > 0 && after != nil {
+		(*after)()
+	}
+	return state, err
 }
 
 func newSuspect(t *testing.T) (*site, *suspect) {
@@ -63,6 +77,32 @@ func TestNothingIsReleasedOnceThereIsASign(t *testing.T) {
 	dbtest.Until(t, "a round has ended", func() bool { st := s.nodes["ca1"].rounds.Status(); return st.State.N > 0 && st.Err == nil })
 	s.nodes["ca1"].mustIssue(t, s.request(t, "meanwhile"))
 	s.intact(t)
+}
+
+// Nor is it while the round begins: a node that has begun one is still in the round before for a moment.
+func TestNothingReadBeforeARoundIsReleasedWhileItBegins(t *testing.T) {
+	s, d := newSuspect(t)
+	m := s.nodes["ca1"]
+	var asked atomic.Int32
+	d.before = func() {
+		release, err := m.rounds.Reading(context.Background())
+		if err != nil {
+			t.Error(err)
+		}
+		ask := func() {
+			asked.Add(1)
+			if release() == nil {
+				t.Error("what was read before the round may be released")
+			}
+		}
+		d.after.Store(&ask)
+	}
+	d.signs.Store(1)
+	dbtest.Until(t, "a round has ended", func() bool { st := m.rounds.Status(); return st.State.N > 0 && st.Err == nil })
+	if asked.Load() == 0 {
+		t.Error("nobody asked while the round began")
+	}
+	d.after.Store(nil)
 }
 
 // A sign is not forgotten because the round could not be begun at once: a database that comes back fails at first.

@@ -60,24 +60,34 @@ func (r *Rounds) start(ctx context.Context) error {
 		return err
 	}
 	if journalled := r.Current(); state.N < journalled {
-		return r.witness(ctx, state, fmt.Sprintf("the database lacks recovery round %d, which %s was in", journalled, r.cfg.Node), true)
+		return r.witness(ctx, state, signs, fmt.Sprintf("the database lacks recovery round %d, which %s was in", journalled, r.cfg.Node), true)
 	}
 	r.mu.Lock()
 	r.signs = signs
 	r.mu.Unlock()
 	if state.N > 0 && !r.finished(ctx, state.N) {
-		return r.enter(ctx, state.N)
+		return r.enter(ctx, state.N, 0)
 	}
 	r.lock.Lock()
-	r.n, r.ready = state.N, true
+	r.n = state.N
 	r.lock.Unlock()
-	if cause, err := r.behind(ctx, true); err != nil || cause != "" {
-		if err != nil {
-			r.unready()
-			return err
-		}
-		return r.witness(ctx, state, cause, true)
+	cause, err := r.behind(ctx, true)
+	if err != nil {
+		return err
 	}
+	if cause != "" {
+		return r.witness(ctx, state, signs, cause, true)
+	}
+	// A commit of an earlier incarnation that is still under way fails from here on. Not before the comparison: it passes over lanes that have ended.
+	// A round ends them itself.
+	closed, err := r.record.CloseLanes(ctx, r.cfg.Node, r.cfg.Journal.Incarnation(), r.cfg.Node)
+	if err != nil {
+		return fmt.Errorf("ending the lanes of earlier incarnations: %w", err)
+	}
+	r.cfg.Log.Info("lanes of earlier incarnations ended", "lanes", closed)
+	r.lock.Lock()
+	r.ready = true
+	r.lock.Unlock()
 	return nil
 }
 
@@ -168,9 +178,9 @@ func (r *Rounds) look(ctx context.Context) error {
 	r.lock.RUnlock()
 	switch {
 	case state.N < n:
-		return r.witness(ctx, state, fmt.Sprintf("the database lacks recovery round %d, which %s was in", n, r.cfg.Node), true)
+		return r.witness(ctx, state, signs, fmt.Sprintf("the database lacks recovery round %d, which %s was in", n, r.cfg.Node), true)
 	case state.N > n:
-		return r.enter(ctx, state.N)
+		return r.enter(ctx, state.N, 0)
 	case !ready:
 		return r.reconcile(ctx, n)
 	}
@@ -184,9 +194,9 @@ func (r *Rounds) look(ctx context.Context) error {
 	}
 	switch {
 	case lost != "":
-		return r.witness(ctx, state, lost, true)
+		return r.witness(ctx, state, signs, lost, true)
 	case fresh:
-		return r.witness(ctx, state, cause, false)
+		return r.witness(ctx, state, signs, cause, false)
 	case !state.Open():
 		return r.finish(ctx, n)
 	}
@@ -305,10 +315,9 @@ func (r *Rounds) doubts(ctx context.Context, all bool) ([]doubt, error) {
 	return out, nil
 }
 
-// witness begins a round above every one known, and enters it.
-func (r *Rounds) witness(ctx context.Context, state db.RoundState, cause string, proved bool) error {
+// witness begins a round above every one known, and enters it. signs were counted before the state was read: the round is younger than they are.
+func (r *Rounds) witness(ctx context.Context, state db.RoundState, signs uint64, cause string, proved bool) error {
 	n := max(state.N, r.Current()) + 1
-	signs, _ := r.record.Regress()
 	r.cfg.Log.Error("recovery round begins: the database may have lost commits", "round", n, "cause", cause, "proved", proved)
 	if err := r.note(n, cause); err != nil {
 		return err
@@ -318,14 +327,10 @@ func (r *Rounds) witness(ctx context.Context, state db.RoundState, cause string,
 	if err != nil && db.ClassOf(err) != db.Duplicate {
 		return fmt.Errorf("beginning recovery round %d: %w", n, err)
 	}
-	// Only now: a sign whose round could not be begun must not be forgotten.
-	r.mu.Lock()
-	r.signs = max(r.signs, signs)
-	r.mu.Unlock()
 	if state, err = r.read(ctx); err != nil {
 		return err
 	}
-	return r.enter(ctx, state.N)
+	return r.enter(ctx, state.N, signs)
 }
 
 func (r *Rounds) unready() {
@@ -334,13 +339,17 @@ func (r *Rounds) unready() {
 	r.ready = false
 }
 
-// enter puts the node into a round: releases under way are finished first, and from then on nothing that was read before is released.
-func (r *Rounds) enter(ctx context.Context, n uint64) error {
+// enter puts the node into a round: releases under way are finished first, and from then on nothing that was read before is released. With that, and no
+// sooner, the signs are dealt with that the round was begun for.
+func (r *Rounds) enter(ctx context.Context, n, signs uint64) error {
 	r.lock.Lock()
 	r.ready = false
 	err := r.note(n, "")
 	if err == nil {
 		r.n = n
+		r.mu.Lock()
+		r.signs = max(r.signs, signs)
+		r.mu.Unlock()
 	}
 	r.lock.Unlock()
 	if err != nil {

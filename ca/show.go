@@ -26,8 +26,7 @@ func NewViewer(e *Engine) *Viewer { return &Viewer{e: e, shown: map[[32]byte]boo
 
 // Certificate returns what is on record of a serial, nil if there is no such intent. Every error is an *Error.
 func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error) {
-	at := v.e.cfg.Rounds.now()
-	c, err := v.e.record.Certificate(ctx, issuer, serial)
+	c, node, err := v.e.record.CertificateElsewhere(ctx, "", issuer, serial)
 	if err == nil && (c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert) {
 		// That there is none is a promise too.
 		err = v.e.cfg.Rounds.Complete(ctx, func() (err error) {
@@ -54,7 +53,7 @@ func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) 
 	if known {
 		return c, nil
 	}
-	if err := v.release(ctx, c, at.in(c.Round)); err != nil {
+	if c, err = v.release(ctx, c, node); err != nil {
 		return nil, err
 	}
 	v.mu.Lock()
@@ -66,11 +65,20 @@ func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) 
 	return c, nil
 }
 
-func (v *Viewer) release(ctx context.Context, c *db.Certificate, at reading) error {
-	id := c.Intent.Issuer + ":" + hex.EncodeToString(c.Intent.Serial)
-	a, ok := v.e.Authorities().Issuer(c.Intent.Issuer)
+// release is a certificate's first showing here. Nobody knows which database node committed it, and it may be the one that answered: another one is asked, too.
+func (v *Viewer) release(ctx context.Context, seen *db.Certificate, node string) (*db.Certificate, error) {
+	id := seen.Intent.Issuer + ":" + hex.EncodeToString(seen.Intent.Serial)
+	a, ok := v.e.Authorities().Issuer(seen.Intent.Issuer)
 	if !ok || a.Certificate == nil {
-		return unavailable(CANotActive, nil, "%s is not known here yet: repeat the request", c.Intent.Issuer)
+		return nil, unavailable(CANotActive, nil, "%s is not known here yet: repeat the request", seen.Intent.Issuer)
+	}
+	at := v.e.cfg.Rounds.now()
+	c, _, err := v.e.record.CertificateElsewhere(ctx, node, seen.Intent.Issuer, seen.Intent.Serial)
+	if err != nil {
+		return nil, databaseError("reading the certificate back", err)
+	}
+	if c == nil || c.Outcome == nil || string(c.Outcome.DER) != string(seen.Outcome.DER) {
+		return nil, unavailable(DatabaseUnavailable, errVanished, "the database nodes do not agree about this certificate: repeat the request")
 	}
 	tbs, err := tbsOf(c.Outcome.DER)
 	if err == nil {
@@ -78,11 +86,11 @@ func (v *Viewer) release(ctx context.Context, c *db.Certificate, at reading) err
 	}
 	if err != nil {
 		v.e.cfg.Log.Error("the record holds a certificate that does not verify: it is not shown", "id", id, "err", err)
-		return unavailable(DatabaseUnavailable, err, "the certificate on record does not verify: the operators must look at it")
+		return nil, unavailable(DatabaseUnavailable, err, "the certificate on record does not verify: the operators must look at it")
 	}
-	err = v.e.cfg.Rounds.done(ctx, v.e.log, at, doneOf(&c.Intent, c.Outcome, nil))
+	err = v.e.cfg.Rounds.done(ctx, v.e.log, at.in(c.Round), doneOf(&c.Intent, c.Outcome, nil))
 	if err != nil && NameOf(err) == "" {
 		err = v.e.journalFailed(err)
 	}
-	return err
+	return c, err
 }

@@ -214,7 +214,8 @@ func (e *Engine) abandon(ctx context.Context, row db.Intent, why string) error {
 		return databaseError("abandoning the request", err)
 	}
 	at := e.cfg.Rounds.now()
-	found, err := e.record.Certificate(ctx, row.Issuer, row.Serial)
+	// Another node than the one that committed: should that one die with it, nobody would know.
+	found, _, err := e.record.CertificateElsewhere(ctx, appended[0].Node, row.Issuer, row.Serial)
 	if err != nil {
 		return databaseError("reading the abandoned request back", err)
 	}
@@ -231,5 +232,10 @@ func (e *Engine) abandon(ctx context.Context, row db.Intent, why string) error {
 		}
 		return err
 	}
-	return refuse(RequestAbandoned, "Idempotency-Key", "this request was abandoned, because it is no longer permitted, and its serial %s counts as revoked: use a new key", serial)
+	return abandoned(row.Serial)
+}
+
+// abandoned is what the requester of a certificate that was abandoned is told.
+func abandoned(serial []byte) error {
+	return refuse(RequestAbandoned, "Idempotency-Key", "this request was abandoned, because it is no longer permitted, and its serial %s counts as revoked: use a new key", hex.EncodeToString(serial))
 }

@@ -52,9 +52,9 @@ var certificateQuery = "SELECT " + issuedColumns + ", " + prefixed("r", revocati
 		AND r.n = (SELECT MAX(y.n) FROM revocation y WHERE y.issuer = i.issuer AND y.serial = i.serial)
 	WHERE `
 
-func (s *Store) certificates(ctx context.Context, op, where string, args ...any) ([]Certificate, error) {
+func (s *Store) certificates(ctx context.Context, op, except, where string, args ...any) ([]Certificate, string, error) {
 	var out []Certificate
-	_, err := s.Read(ctx, op, "", func(ctx context.Context, c *sql.Conn) error {
+	node, err := s.Read(ctx, op, except, func(ctx context.Context, c *sql.Conn) error {
 		out = nil
 		return query(ctx, c, func(r *sql.Rows) error {
 			var rev nullRevocation
@@ -67,22 +67,29 @@ func (s *Store) certificates(ctx context.Context, op, where string, args ...any)
 			return nil
 		}, certificateQuery+where, args...)
 	})
-	return out, err
+	return out, node, err
 }
 
 // Certificate returns what is known of a serial, causally read; nil when there is no such intent.
 func (s *Store) Certificate(ctx context.Context, issuer string, serial []byte) (*Certificate, error) {
-	found, err := s.certificates(ctx, "certificate", "i.issuer = ? AND i.serial = ?", issuer, serial)
+	c, _, err := s.CertificateElsewhere(ctx, "", issuer, serial)
+	return c, err
+}
+
+// CertificateElsewhere is Certificate on a node other than except (see Read); it returns the node.
+func (s *Store) CertificateElsewhere(ctx context.Context, except, issuer string, serial []byte) (*Certificate, string, error) {
+	found, node, err := s.certificates(ctx, "certificate", except, "i.issuer = ? AND i.serial = ?", issuer, serial)
 	if err != nil || len(found) == 0 {
-		return nil, err
+		return nil, node, err
 	}
-	return &found[0], nil
+	return &found[0], node, nil
 }
 
 // CertificatesBySerial returns what every issuer knows of a serial; more than one element means that the bare serial is ambiguous.
 func (s *Store) CertificatesBySerial(ctx context.Context, serial []byte) ([]Certificate, error) {
 	// The issuers make the primary key usable.
-	return s.certificates(ctx, "certificates by serial", "i.issuer IN (SELECT issuer FROM generation) AND i.serial = ?", serial)
+	found, _, err := s.certificates(ctx, "certificates by serial", "", "i.issuer IN (SELECT issuer FROM generation) AND i.serial = ?", serial)
+	return found, err
 }
 
 // Filter selects certificates. Empty fields do not restrict.
@@ -145,7 +152,7 @@ func (s *Store) ListCertificates(ctx context.Context, f Filter) (Page, error) {
 	default:
 		return Page{}, fmt.Errorf("listing certificates: unknown status %q", f.Status)
 	}
-	found, err := s.certificates(ctx, "list certificates", strings.Join(conds, " AND ")+" ORDER BY i.issuer, i.serial LIMIT ?", append(args, limit+1)...)
+	found, _, err := s.certificates(ctx, "list certificates", "", strings.Join(conds, " AND ")+" ORDER BY i.issuer, i.serial LIMIT ?", append(args, limit+1)...)
 	if err != nil {
 		return Page{}, err
 	}

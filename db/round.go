@@ -299,7 +299,8 @@ func (s *Store) CertificatesByKey(ctx context.Context, keys []CertificateKey) ([
 		return nil, nil
 	}
 	where, args := whereSerials("i", keys)
-	return s.certificates(ctx, "certificates by key", where, args...)
+	found, _, err := s.certificates(ctx, "certificates by key", "", where, args...)
+	return found, err
 }
 
 // RevocationsOf returns every event of the serials, causally read.

@@ -289,8 +289,7 @@ func (n *node) compareJournal(ctx context.Context) error {
 	return err
 }
 
-// claim fixes the site epoch, opens this incarnation's lanes and ends those of earlier ones: a commit of theirs that is still under way then
-// fails, whole.
+// claim fixes the site epoch and opens this incarnation's lanes. Those of earlier ones end when Rounds has compared them with the journal.
 func (n *node) claim(ctx context.Context) error {
 	epoch, err := n.store.SiteEpoch(ctx)
 	switch {
@@ -313,11 +312,7 @@ func (n *node) claim(ctx context.Context) error {
 			return err
 		}
 	}
-	closed, err := n.store.CloseLanes(ctx, n.cfg.Node, incarnation, n.cfg.Node)
-	if err != nil {
-		return err
-	}
-	n.log.Info("lanes claimed", "lane", n.lane.Name(), "older_closed", closed)
+	n.log.Info("lanes claimed", "lane", n.lane.Name())
 	return nil
 }
 
