@@ -270,6 +270,16 @@ func (r *Rounds) Complete(ctx context.Context, read func() error) error {
 	return r.current(reading{state: after})
 }
 
+// still says whether what was read may be shown without a record of it. Rounds may be nil: then it always may.
+func (r *Rounds) still(at reading) error {
+	if r == nil {
+		return nil
+	}
+	r.lock.RLock()
+	defer r.lock.RUnlock()
+	return r.current(at)
+}
+
 // done is step 7: the facts, as they were read back, go to the journal and to a second holder, unless a recovery round has begun since. A nil
 // error is leave to release them. Rounds may be nil: then it is the journal alone.
 func (r *Rounds) done(ctx context.Context, log journalWriter, at reading, dones ...*journal.Done) error {

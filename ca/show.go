@@ -26,6 +26,7 @@ func NewViewer(e *Engine) *Viewer { return &Viewer{e: e, shown: map[[32]byte]boo
 
 // Certificate returns what is on record of a serial, nil if there is no such intent. Every error is an *Error.
 func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) (*db.Certificate, error) {
+	at := v.e.cfg.Rounds.now()
 	c, node, err := v.e.record.CertificateElsewhere(ctx, "", issuer, serial)
 	if err == nil && (c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert) {
 		// That there is none is a promise too.
@@ -43,7 +44,8 @@ func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) 
 	if c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert {
 		return c, nil
 	}
-	if err := v.e.cfg.Rounds.err(); err != nil {
+	// Shown before or not: its revocation may be lost.
+	if err := v.e.cfg.Rounds.still(at.in(c.Round)); err != nil {
 		return nil, err
 	}
 	digest := sha256.Sum256(c.Outcome.DER)
