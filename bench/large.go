@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -51,11 +53,19 @@ func issueLarge(ctx context.Context, s *site) ([]Row, error) {
 	if err != nil {
 		return nil, err
 	}
-	each := float64(size-before) / largeCount
+	total, grown := int64(0), int64(0)
+	for _, table := range slices.Sorted(maps.Keys(size)) {
+		total += size[table]
+		if more := size[table] - before[table]; more > 0 {
+			grown += more
+			fmt.Printf("  %-12s %6.0f octets a certificate\n", table, float64(more)/largeCount)
+		}
+	}
+	each := float64(grown) / largeCount
 	fmt.Printf("issue_large: %d certificates put in within %v; tables and indexes are %.1f times the buffer pool\n", largeCount,
-		time.Since(began).Round(time.Second), float64(size)/largePool)
-	if size < 4*largePool {
-		return nil, fmt.Errorf("the record has %d octets: less than four times the buffer pool", size)
+		time.Since(began).Round(time.Second), float64(total)/largePool)
+	if total < 4*largePool {
+		return nil, fmt.Errorf("the record has %d octets: less than four times the buffer pool", total)
 	}
 	large, err := s.rate(ctx)
 	if err != nil {
@@ -145,24 +155,27 @@ func (s *site) setPool(ctx context.Context, octets int) error {
 	})
 }
 
-// recordSize is the size of one database node's tables and indexes on disk.
-func (s *site) recordSize(ctx context.Context) (size int64, err error) {
-	err = s.eachDatabase(ctx, func(p cluster.Process) error {
-		if size > 0 {
+// recordSize is the size of one database node's tables on disk, indexes included, by table.
+func (s *site) recordSize(ctx context.Context) (map[string]int64, error) {
+	var sizes map[string]int64
+	err := s.eachDatabase(ctx, func(p cluster.Process) error {
+		if sizes != nil {
 			return nil
 		}
+		sizes = map[string]int64{}
 		return filepath.WalkDir(p.Dir, func(path string, d fs.DirEntry, err error) error {
 			if err == nil && strings.HasSuffix(path, ".ibd") && filepath.Base(filepath.Dir(path)) == "trivet" {
 				info, err := os.Stat(path)
 				if err != nil {
 					return err
 				}
-				size += info.Size()
+				table, _, _ := strings.Cut(strings.TrimSuffix(filepath.Base(path), ".ibd"), "#") // a partition's file is table#P#name.ibd
+				sizes[table] += info.Size()
 			}
 			return err
 		})
 	})
-	return size, err
+	return sizes, err
 }
 
 func (s *site) eachDatabase(ctx context.Context, f func(cluster.Process) error) error {

@@ -41,7 +41,7 @@ func rowCost(ctx context.Context, s *site) ([]Row, error) {
 		return nil, err
 	}
 	batched, err := median(runs, func() (float64, error) {
-		return throughput(ctx, func(ctx context.Context) (int, error) { return batch(ctx, store, lane, batchSize) })
+		return throughput(ctx, func(ctx context.Context) (int, error) { return batch(ctx, store, lane, "bench-g1", batchSize) })
 	})
 	if err != nil {
 		return nil, err
@@ -127,8 +127,6 @@ func throughput(ctx context.Context, f func(context.Context) (int, error)) (floa
 	return float64(total.Load()) / time.Since(began).Seconds(), failed
 }
 
-func intent() db.Intent { return intentOf("bench-g1", time.Now()) }
-
 // intentOf is an intent as a CA node would have made it then.
 func intentOf(issuer string, then time.Time) db.Intent {
 	serial := make([]byte, 20)
@@ -144,12 +142,12 @@ func intentOf(issuer string, then time.Time) db.Intent {
 	}
 }
 
-func batch(ctx context.Context, store *db.Store, lane *db.Lane, size int) (int, error) {
+func batch(ctx context.Context, store *db.Store, lane *db.Lane, issuer string, size int) (int, error) {
 	intents := make([]db.Intent, size)
 	reqs := make([][]byte, size)
 	facts := make([]db.Fact, size)
 	for i := range intents {
-		intents[i] = intent()
+		intents[i] = intentOf(issuer, time.Now())
 		reqs[i] = intents[i].Req
 		facts[i] = db.Fact{Outcome: &db.Outcome{Issuer: intents[i].Issuer, Serial: intents[i].Serial, Kind: db.OutcomeCert, DER: make([]byte, derSize), NotAfter: time.Now().Add(time.Hour)}}
 	}
@@ -174,7 +172,7 @@ func batch(ctx context.Context, store *db.Store, lane *db.Lane, size int) (int, 
 
 // one inserts a certificate's three rows with a statement each, autocommitted.
 func one(ctx context.Context, raw *sql.DB) (int, error) {
-	i := intent()
+	i := intentOf("bench-g1", time.Now())
 	now := time.Now().UTC().Format("2006-01-02 15:04:05")
 	if _, err := raw.ExecContext(ctx, `INSERT INTO intent (issuer, serial, req, body, tbs, profile, profile_version, profile_hash, requester, site_epoch, node, created)
 		VALUES (?,?,?,?,?,?,?,?,?,?,?,?)`, i.Issuer, i.Serial, i.Req, i.Body, i.TBS, i.Profile, i.ProfileVersion, i.ProfileHash, i.Requester, i.SiteEpoch, i.Node, now); err != nil {
