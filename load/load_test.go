@@ -88,7 +88,7 @@ func TestErrorsAreCountedByTextWithinBounds(t *testing.T) {
 	if r.Failed != r.Requests || total != r.Failed {
 		t.Fatalf("%d of %d failed, %d texts counted", r.Failed, r.Requests, total)
 	}
-	if len(r.Errors) != 17 || r.Errors["even"] != r.Requests/2 || r.Errors[load.OtherErrors] == 0 {
+	if len(r.Errors) != 17 || r.Errors["even"] != (r.Requests+1)/2 || r.Errors[load.OtherErrors] == 0 {
 		t.Fatalf("errors are %v", r.Errors)
 	}
 	if r.PerSecond != 0 {
