@@ -180,7 +180,8 @@ func (r *rig) insert(i, row int) {
 	}
 }
 
-// together waits until every node sees all of them, and goes on to for half a second: long enough for one that was silent to be given up.
+// together waits until every node sees all of them, and goes on to for three seconds: long enough for one that was silent to be given up, on a busy machine, too.
+// Whoever is given up at the moment in which another one dies leaves the third without a majority.
 func (r *rig) together() {
 	r.t.Helper()
 	sees := func(i int) error {
@@ -191,7 +192,7 @@ func (r *rig) together() {
 		return err
 	}
 	deadline := time.Now().Add(time.Minute)
-	for good := 0; good < 5; time.Sleep(100 * time.Millisecond) {
+	for good := 0; good < 30; time.Sleep(100 * time.Millisecond) {
 		good++
 		for i := range r.nodes {
 			if err := sees(i); err != nil {
