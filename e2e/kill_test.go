@@ -22,7 +22,7 @@ import (
 const (
 	issueRate = 40.0
 	ocspRate  = 100.0
-	loadTime  = 6 * time.Second
+	loadTime  = 8 * time.Second
 )
 
 // chaosRow is one row of the table: what clients saw while one process was killed, frozen or hung.
