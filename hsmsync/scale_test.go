@@ -185,7 +185,7 @@ func TestThousandsOfKeysAreEnrolledThroughInterruptions(t *testing.T) {
 	// run enrolls in a process of its own, and calls at once that many keys have come over in this run.
 	run := func(keys int, at func(*exec.Cmd)) (copied, left int, err error) {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestCoordinatorProcess$", "-test.timeout=30m")
-		cmd.Env = append(os.Environ(), "TRIVET_TEST_ENROL="+string(told))
+		cmd.Env = append(os.Environ(), "TRIVET_TEST_ENROL="+string(told), "TMPDIR="+t.TempDir()) // killed, it cannot clean up
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		out, err := cmd.StdoutPipe()
 		good(t, err)
