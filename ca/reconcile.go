@@ -188,17 +188,13 @@ func (r *Rounds) restore(ctx context.Context, n uint64, round db.Round, late boo
 		return err
 	}
 	ended := r.lastEnded()
-	stand := map[string]uint64{}
+	missed, err := r.standing(ctx, lost, ended)
+	if err != nil {
+		return err
+	}
 	var work [4][]journal.Done
 	for _, d := range lost {
-		since, ok := stand[d.owner]
-		if !ok {
-			if since, err = r.standing(ctx, d.owner, ended); err != nil {
-				return err
-			}
-			stand[d.owner] = since
-		}
-		if d.Round >= since {
+		if d.Round >= missed[d.owner] {
 			d.Round = max(d.Round, ended)
 		}
 		d := d.Done
@@ -239,22 +235,31 @@ func (r *Rounds) lastEnded() uint64 {
 	return max(min(r.ended, r.n-1), min(r.state.Ended, r.n-1)) // the database may have forgotten that it ended
 }
 
-// standing returns the round from which on what a node released has stood until now: it did its part, in time, in every round since, up to the newest
-// that ended. A fact of then is as good as one released in that round: whatever contradicts it came after it, and was not released.
-func (r *Rounds) standing(ctx context.Context, node string, ended uint64) (since uint64, err error) {
-	for n := ended; n > 0; n-- {
+// standing returns, of each owner of the facts, the newest round that it missed, or did not do its part in in time, up to the newest that ended. Whatever
+// it released in that round or later is as good as released in the newest: it stood then, so what contradicts it came after it, and was not released.
+func (r *Rounds) standing(ctx context.Context, facts []released, ended uint64) (map[string]uint64, error) {
+	missed := map[string]uint64{}
+	oldest := ended
+	for _, f := range facts {
+		missed[f.owner] = 0
+		oldest = min(oldest, f.Round)
+	}
+	for n := oldest + 1; n <= ended; n++ {
 		report, err := r.record.Round(ctx, n)
 		if err != nil {
-			return 0, fmt.Errorf("reading recovery round %d: %w", n, err)
+			return nil, fmt.Errorf("reading recovery round %d: %w", n, err)
 		}
-		if report == nil {
-			return n, nil
-		}
-		if last := lastRecon(report, node); last == nil || last.Event != db.ReconDone {
-			return n, nil
+		for owner := range missed {
+			var last *db.Recon
+			if report != nil {
+				last = lastRecon(report, owner)
+			}
+			if last == nil || last.Event != db.ReconDone {
+				missed[owner] = n
+			}
 		}
 	}
-	return 0, nil
+	return missed, nil
 }
 
 // released is a done record, and whose it is.

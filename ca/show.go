@@ -31,7 +31,7 @@ func (v *Viewer) Certificate(ctx context.Context, issuer string, serial []byte) 
 	if err == nil && (c == nil || c.Outcome == nil || c.Outcome.Kind != db.OutcomeCert) {
 		// That there is none is a promise too.
 		err = v.e.cfg.Rounds.Complete(ctx, func() (err error) {
-			c, err = v.e.record.Certificate(ctx, issuer, serial)
+			c, node, err = v.e.record.CertificateElsewhere(ctx, "", issuer, serial)
 			return err
 		})
 	}
