@@ -50,7 +50,8 @@ test: ## everything that must pass before a merge: lint, all tests under the rac
 	@$(MAKE) --no-print-directory build
 	@$(MAKE) --no-print-directory -j2 scenarios beside
 
-# Lint vets: there is no need to do it twice. More than three packages at a time only wait for one another. Compilers and tests with the race detector spend much of their time on collecting garbage: with more memory it is less.
+# Lint vets: there is no need to do it twice. More than three packages at a time only wait for one another. Compilers and tests with the race detector
+# spend much of their time on collecting garbage: with more memory it is less.
 .PHONY: packages
 packages: ## all tests but the end-to-end scenarios, under the race detector
 	@echo "test: packages, race detector"

@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
+	"io"
 	"time"
 
 	"trivet/cluster"
@@ -184,20 +184,11 @@ func (s *site) stages(ctx context.Context) (stageTable, error) {
 		if p.Role != cluster.RoleCA {
 			continue
 		}
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+p.Addresses["admin"]+"/metrics", http.NoBody)
-		if err != nil {
-			return nil, err
-		}
-		resp, err := client.Do(req)
-		if err != nil {
-			return nil, err
-		}
-		stages, err := health.ReadStages(resp.Body, health.CAStages)
-		_ = resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			err = fmt.Errorf("answered %s", resp.Status)
-		}
-		if err != nil {
+		var stages map[string]health.Stage
+		if err := get(ctx, client, "https://"+p.Addresses["admin"]+"/metrics", func(body io.Reader) (err error) {
+			stages, err = health.ReadStages(body, health.CAStages)
+			return err
+		}); err != nil {
 			return nil, fmt.Errorf("metrics of %s: %w", p.Name, err)
 		}
 		for name, stage := range stages {

@@ -8,7 +8,6 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
-	"net/http"
 	"runtime"
 	"time"
 
@@ -92,22 +91,10 @@ func (s *site) costOfRequest(ctx context.Context, idle map[string]float64) (time
 		return 0, err
 	}
 	r := load.Run(ctx, load.Config{Clients: 32, Duration: seconds}, func(ctx context.Context, _ int) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, issuer.URL+"/v1/profiles", http.NoBody)
-		if err != nil {
+		return get(ctx, issuer.Client, issuer.URL+"/v1/profiles", func(body io.Reader) error {
+			_, err := io.Copy(io.Discard, body)
 			return err
-		}
-		resp, err := issuer.Client.Do(req)
-		if err != nil {
-			return err
-		}
-		defer resp.Body.Close()
-		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
-			return err
-		}
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("answered %s", resp.Status)
-		}
-		return nil
+		})
 	})
 	if r.Failed > 0 {
 		return 0, fmt.Errorf("asking for profiles: %v", r)

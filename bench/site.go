@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -163,7 +164,7 @@ func (s *site) rebalance(ctx context.Context, path string, config []byte, name s
 				In   bool   `json:"in"`
 			} `json:"nodes"`
 		}
-		if err := getJSON(ctx, issuer.Client, "https://"+p.Addresses["status"]+"/lb/state", &state); err != nil {
+		if err := get(ctx, issuer.Client, "https://"+p.Addresses["status"]+"/lb/state", func(body io.Reader) error { return json.NewDecoder(body).Decode(&state) }); err != nil {
 			return err
 		}
 		now := false
@@ -181,7 +182,8 @@ func (s *site) rebalance(ctx context.Context, path string, config []byte, name s
 	}
 }
 
-func getJSON(ctx context.Context, client *http.Client, url string, into any) error {
+// get asks for a page and reads it.
+func get(ctx context.Context, client *http.Client, url string, read func(io.Reader) error) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
 	if err != nil {
 		return err
@@ -194,7 +196,7 @@ func getJSON(ctx context.Context, client *http.Client, url string, into any) err
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s answers %s", url, resp.Status)
 	}
-	return json.NewDecoder(resp.Body).Decode(into)
+	return read(resp.Body)
 }
 
 // well waits until every part can do all it should.
