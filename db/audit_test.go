@@ -115,7 +115,8 @@ func TestNodeFromAnOldDataDirectoryIsKeptOut(t *testing.T) {
 	for range 20 {
 		for _, s := range []*db.Store{s, second} {
 			node, err := s.Read(soon(t), "test", c.Nodes[0].SQL(), func(ctx context.Context, c *sql.Conn) error { return c.PingContext(ctx) })
-			if err != nil || node != c.Nodes[1].SQL() {
+			// The one that is to be avoided may be asked all the same, when the other one has just been slow.
+			if err != nil || node == c.Nodes[old].SQL() {
 				t.Fatalf("%s was asked, %v", node, err)
 			}
 		}
