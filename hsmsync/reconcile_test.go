@@ -2,6 +2,10 @@ package hsmsync_test
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"slices"
 	"strings"
 	"testing"
@@ -186,6 +190,14 @@ func TestAJoiningMemberIsReportedAndLeftAlone(t *testing.T) {
 	})
 }
 
+// impostor signs with another private key than the public one that it shows.
+type impostor struct {
+	crypto.Signer
+	public crypto.PublicKey
+}
+
+func (i impostor) Public() crypto.PublicKey { return i.public }
+
 func TestVerifyingAsksEveryMemberToProveEveryKey(t *testing.T) {
 	atDesk(t, func(t *testing.T, d *desk) {
 		keys := d.must(labels(5)...)
@@ -204,9 +216,11 @@ func TestVerifyingAsksEveryMemberToProveEveryKey(t *testing.T) {
 			}
 		}
 		// A copy that has the right public half, and another private one, is seen by its signature alone.
-		d.at["b"].with("challenge", once(2, func(ctx context.Context, do func() error) error {
-			return hsm.Errorf(hsm.ClassDevice, "challenge", "CKR_GENERAL_ERROR")
-		}))
+		private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		good(t, err)
+		copied := d.at["b"].keys[keys[0].ID]
+		copied.Signer = impostor{private, copied.Public()}
+		d.at["b"].keys[keys[0].ID] = copied
 		delete(d.at["c"].keys, keys[4].ID)
 		before := len(d.chain.events())
 		r, err = d.c.Verify(t.Context())
