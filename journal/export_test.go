@@ -59,7 +59,7 @@ func ParseIndex(data []byte) (s *Seal, carried []Carry, err error) {
 
 // ParsePacked unpacks data as a compressed segment and reads it as the first.
 func ParsePacked(data []byte) error {
-	plain, err := unpack(data)
+	plain, err := unpack(data, 1<<20)
 	if err == nil {
 		_, _, err = ParseSegment(plain, nil)
 	}

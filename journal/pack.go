@@ -14,19 +14,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxUnpacked bounds what a compressed segment may unpack to, in bytes.
-const maxUnpacked = 2 << 30
+const (
+	// maxUnpacked bounds what a compressed segment whose seal is unknown may unpack to, in bytes.
+	maxUnpacked = 2 << 30
+	// window is how far back compressed data may refer, in bytes, and so what it can make its reader set aside.
+	window = 8 << 20
+)
 
 // pack replaces a segment's plain file, whose bytes are data, by a compressed one that was read back from the disk and unpacks to the same bytes.
 func (k *keeper) pack(s *segment, data []byte) error {
 	path := filepath.Join(k.dir(), fileName(s.number, packedSuffix))
-	if there, err := readPacked(path); err != nil || !bytes.Equal(there, data) {
+	if there, err := readPacked(path, int64(len(data))); err != nil || !bytes.Equal(there, data) {
 		if err := replaceFile(path, func(f *os.File) error {
 			if err := compress(f, data); err != nil {
 				return err
 			}
 			k.step("compressed")
-			there, err := readPacked(f.Name())
+			there, err := readPacked(f.Name(), int64(len(data)))
 			if err == nil && !bytes.Equal(there, data) {
 				err = fmt.Errorf("%w: it does not unpack to what was packed", ErrCorrupt)
 			}
@@ -51,7 +55,7 @@ func (k *keeper) pack(s *segment, data []byte) error {
 
 // compress writes data to f, durably, and has the kernel forget it: what is read next comes from the disk.
 func compress(f *os.File, data []byte) error {
-	w, err := zstd.NewWriter(f, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(true))
+	w, err := zstd.NewWriter(f, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(true), zstd.WithWindowSize(window))
 	if err != nil {
 		return err
 	}
@@ -73,25 +77,31 @@ func settle(f *os.File) error {
 	return nil
 }
 
-func readPacked(path string) ([]byte, error) {
+// readPacked returns what a compressed segment unpacks to: size bytes, or fewer.
+func readPacked(path string, size int64) ([]byte, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	data, err := unpack(b)
+	data, err := unpack(b, size)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s cannot be unpacked: %w", ErrCorrupt, path, err)
 	}
 	return data, nil
 }
 
-func unpack(b []byte) ([]byte, error) {
-	r, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxUnpacked))
+// unpack takes memory for what comes, not for what damaged data claims will come.
+func unpack(b []byte, size int64) ([]byte, error) {
+	r, err := zstd.NewReader(bytes.NewReader(b), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(window))
 	if err != nil {
 		return nil, err
 	}
 	defer r.Close()
-	return r.DecodeAll(b, nil)
+	data, err := io.ReadAll(io.LimitReader(r, size+1))
+	if err == nil && int64(len(data)) > size {
+		err = fmt.Errorf("it unpacks to more than %d bytes", size)
+	}
+	return data, err
 }
 
 // verify reads a sealed segment's bytes as its seal says they are.

@@ -189,12 +189,16 @@ func (c *catalog) update(number uint64, change func(*segment)) {
 // load returns the segment's records as they were written.
 func (c *catalog) load(s *segment) ([]byte, error) {
 	plain, packed := filepath.Join(c.dir, segmentName(s.number)), filepath.Join(c.dir, fileName(s.number, packedSuffix))
+	size := int64(maxUnpacked)
+	if s.seal != nil {
+		size = s.seal.size
+	}
 	data, err := os.ReadFile(plain)
 	if errors.Is(err, fs.ErrNotExist) { // compressed since, or already
-		data, err = readPacked(packed)
+		data, err = readPacked(packed, size)
 	}
 	if errors.Is(err, fs.ErrNotExist) && c.archive != "" {
-		if data, err = readPacked(filepath.Join(c.archive, fileName(s.number, packedSuffix))); errors.Is(err, fs.ErrNotExist) {
+		if data, err = readPacked(filepath.Join(c.archive, fileName(s.number, packedSuffix)), size); errors.Is(err, fs.ErrNotExist) {
 			data, err = os.ReadFile(filepath.Join(c.archive, segmentName(s.number)))
 		}
 	}
