@@ -110,11 +110,7 @@ func (w *works) approve(a hsmsync.Act) []byte { return w.lab.Approved(a.Action, 
 func (w *works) wipe(name string) {
 	w.t.Helper()
 	m := w.at[name]
-	m.Kill()
-	w.replaceToken(name, "")
-	if out, err := m.InitToken(); err != nil {
-		w.t.Fatalf("%v: %s", err, out)
-	}
+	m.Wipe()
 	m.Start()
 	m.WaitReady()
 }

@@ -238,6 +238,9 @@ func (c *Client) do(ctx context.Context, op, method, path string, in, out any) e
 		return hsm.Errorf(hsm.ClassDevice, op, "reading the answer of %s: %w", c.name, err)
 	}
 	if resp.StatusCode != http.StatusOK {
+		if err := ctx.Err(); err != nil { // the member may have noticed that first, and answer with it
+			return hsm.Errorf(hsm.ClassDevice, op, "calling %s: %w", c.name, err)
+		}
 		var p problem.Problem
 		if json.Unmarshal(answer, &p) != nil || p.Detail == "" {
 			p.Detail = strings.TrimSpace("member " + c.name + " answered " + resp.Status)

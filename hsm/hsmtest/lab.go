@@ -174,8 +174,15 @@ func (l *Lab) faulty(name string, s store, extra []string) (*Member, Faults) {
 
 func (l *Lab) member(name string, s store, extra []string) *Member {
 	l.t.Helper()
+	return l.memberIn(filepath.Join(l.dir, name), name, s, extra)
+}
+
+func pinOf(name string) string { return "pin-of-" + name }
+
+func (l *Lab) memberIn(dir, name string, s store, extra []string) *Member {
+	l.t.Helper()
 	l.next++
-	m := &Member{lab: l, Name: name, Dir: filepath.Join(l.dir, name), Addr: l.freeAddr(), store: s, pin: "pin-of-" + name, log: &logBuffer{}}
+	m := &Member{lab: l, Name: name, Dir: dir, Addr: l.freeAddr(), store: s, pin: pinOf(name), log: &logBuffer{}}
 	m.store.layOut(l.t, m.Dir)
 	m.PIN, m.SOPIN, m.Config = filepath.Join(m.Dir, "pin"), filepath.Join(m.Dir, "so-pin"), filepath.Join(m.Dir, "hsmd.yaml")
 	Write(l.t, m.PIN, m.pin+"\n")

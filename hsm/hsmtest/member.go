@@ -28,6 +28,7 @@ type Member struct {
 	Config, PIN, SOPIN string
 	store              store
 	pin                string // the token's, whatever the file says
+	tokens             int    // how many it had before this one
 	log                *logBuffer
 	cmd                *exec.Cmd
 	exited             chan struct{}
@@ -42,22 +43,40 @@ func (m *Member) Serve() *Member {
 	return m
 }
 
-// initOnce initialises the token, or takes the copy of one that was, which is much quicker.
+// initOnce initialises the token, or takes the copy of one that was initialised and has served, which is much quicker: it has its RSA key.
 func (m *Member) initOnce() {
 	m.lab.t.Helper()
-	shared.Lock()
-	defer shared.Unlock()
+	pin, err := os.ReadFile(m.PIN)
+	if err != nil {
+		m.lab.t.Fatal(err)
+	}
 	dir := sharedDir(m.lab.t)
-	blank := filepath.Join(dir, "blank", m.store.kind(), m.Name)
-	if _, err := os.Stat(blank); err == nil && dir != "" {
-		m.store.replace(m.lab.t, blank)
+	if dir == "" || string(pin) != pinOf(m.Name)+"\n" {
+		m.mustInit()
 		return
 	}
+	shared.Lock()
+	defer shared.Unlock()
+	blank := filepath.Join(dir, "blank", m.store.kind(), fmt.Sprintf("%s-%d", m.Name, m.tokens))
+	if _, err := os.Stat(blank); err != nil {
+		m.lab.makeBlank(m.Name, store{module: m.store.module, nss: m.store.nss}, blank)
+	}
+	m.store.replace(m.lab.t, blank)
+}
+
+// makeBlank has an agent serve a new token once, in a place of its own, and keeps the token for all that are called so.
+func (l *Lab) makeBlank(name string, s store, to string) {
+	l.t.Helper()
+	m := l.memberIn(filepath.Join(l.dir, "blanks", fmt.Sprint(l.next)), name, s, nil)
 	m.mustInit()
-	if dir != "" {
-		if err := os.CopyFS(blank, os.DirFS(m.store.dir)); err != nil {
-			m.lab.t.Fatalf("keeping a blank token for others called %s: %v", m.Name, err)
-		}
+	m.Start()
+	m.WaitReady()
+	m.Signal(syscall.SIGTERM)
+	if code := m.Exit(); code != 0 {
+		l.t.Fatalf("the agent of a blank token ended with %d\n%s", code, m.Log())
+	}
+	if err := os.CopyFS(to, os.DirFS(m.store.dir)); err != nil {
+		l.t.Fatalf("keeping a blank token for others called %s: %v", name, err)
 	}
 }
 

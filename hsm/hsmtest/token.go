@@ -129,7 +129,8 @@ func (m *Member) Wipe() {
 	m.lab.t.Helper()
 	m.Kill()
 	m.store.replace(m.lab.t, "")
-	m.mustInit()
+	m.tokens++
+	m.initOnce()
 }
 
 // Replace is another machine in the member's place, with a token of its own and nothing to remember. The member is not started.
