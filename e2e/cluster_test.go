@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -282,18 +283,22 @@ func principal(t *testing.T, pair cluster.KeyPair) string {
 	return cert.Leaf.URIs[0].String()
 }
 
-// fsck ends a scenario: what its clients saw is true, and every invariant holds on the live cluster.
-func (s *site) fsck(t *testing.T) {
+// fsck ends a scenario: what its clients saw is true, and every invariant holds on the live cluster. Responders are asked about what the scenario has issued and some
+// of what others have; after all of them, see soak_test.go, about everything.
+func (s *site) fsck(t *testing.T) { t.Helper(); s.fsckAsking(t, 500) }
+
+func (s *site) fsckAsking(t *testing.T, about int) {
 	t.Helper()
 	s.allWell(t)
 	s.check(t)
-	out, stderr, err := s.try("fsck", "--output", "json")
+	out, stderr, err := s.try("fsck", "--output", "json", "--ask", strconv.Itoa(about))
 	if err != nil {
 		t.Fatalf("fsck: %v\n%s%s", err, stderr, out)
 	}
 	var report struct {
-		OK      bool           `json:"ok"`
-		Checked map[string]int `json:"checked"`
+		OK        bool           `json:"ok"`
+		Checked   map[string]int `json:"checked"`
+		Unchecked []string       `json:"unchecked"`
 	}
 	if err := json.Unmarshal(out, &report); err != nil || !report.OK {
 		t.Fatalf("fsck: %v\n%s", err, out)
@@ -301,7 +306,10 @@ func (s *site) fsck(t *testing.T) {
 	if report.Checked["certificates"] == 0 || report.Checked["ocsp_answers"] == 0 || report.Checked["journal_records"] == 0 {
 		t.Fatalf("fsck looked at nothing: %v", report.Checked)
 	}
-	t.Logf("fsck: %v", report.Checked)
+	if about == 0 && len(report.Unchecked) > 0 {
+		t.Fatalf("fsck left something out: %v", report.Unchecked)
+	}
+	t.Logf("fsck: %v, left out: %v", report.Checked, report.Unchecked)
 }
 
 // database opens the record with the account that may only read. What it reads has everything that was committed before.

@@ -82,7 +82,7 @@ func TestEveryPartFailsAtRandomUnderLoad(t *testing.T) {
 	stop()
 	lookers.Wait()
 	k.report(t)
-	s.fsck(t)
+	s.fsckAsking(t, 0) // everything
 }
 
 func (s *site) soak(t *testing.T, size int64) *soak {

@@ -31,6 +31,10 @@ type Config struct {
 	// MACKeys authenticate intents. nil: whether CA nodes wrote them is not checked, and the report says so.
 	MACKeys *db.MACKeys
 
+	// Ask, if greater than 0, is about how many certificates responders are asked: that many of the newest, as many of the others, chosen at random, and all that
+	// are revoked or abandoned. The report says how many are left out. 0: all.
+	Ask int
+
 	// Open is how long an intent may stay without an outcome: the sweeper finishes it after 10 s. Default 60 s.
 	Open time.Duration
 	// Settle is how long a responder may take to show what the record says: an answer that is merely late is asked for again until then. Default 10 s.

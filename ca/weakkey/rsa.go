@@ -3,6 +3,7 @@ package weakkey
 import (
 	"crypto/rsa"
 	"math/big"
+	"slices"
 )
 
 // Bounds of RSA keys.
@@ -44,10 +45,11 @@ func checkRSA(key *rsa.PublicKey) error {
 	return nil
 }
 
+// oddPrimes divides by what it has found: every program that imports this package waits for it at its start.
 func oddPrimes(below int64) []int64 {
 	var primes []int64
 	for n := int64(3); n < below; n += 2 {
-		if big.NewInt(n).ProbablyPrime(0) {
+		if !slices.ContainsFunc(primes, func(p int64) bool { return n%p == 0 }) {
 			primes = append(primes, n)
 		}
 	}
