@@ -178,7 +178,7 @@ func (r run) search(ctx context.Context) (result, error) {
 	if _, err := command("spin", append(append([]string{"-a"}, flags...), source)...); err != nil {
 		return result{}, err
 	}
-	memory, table, optimize := "2000", "-w20", "-O1" // compiling costs more than searching
+	memory, table, optimize := "2000", "-w20", "-O0" // compiling costs more than searching
 	if r.slow {
 		memory, table, optimize = "8000", "-w24", "-O2"
 	}
