@@ -1,6 +1,7 @@
 package cluster_test
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -19,7 +20,7 @@ import (
 // workspace is a directory that user mysql can reach, which t.TempDir is not, gone after the test with everything that runs in it.
 func workspace(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/var/tmp", "trivet-cluster-test-")
+	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("TMPDIR"), "/var/tmp"), "trivet-cluster-test-")
 	if err != nil {
 		t.Fatal(err)
 	}

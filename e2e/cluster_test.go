@@ -4,6 +4,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -101,7 +102,7 @@ func up(t *testing.T) *site {
 			return
 		}
 		// The system's temporary directory, not the test's own: the database server's user must be able to reach it.
-		shared.dir, shared.err = os.MkdirTemp("/var/tmp", "trivet-e2e-")
+		shared.dir, shared.err = os.MkdirTemp(cmp.Or(os.Getenv("TMPDIR"), "/var/tmp"), "trivet-e2e-")
 		if shared.err != nil {
 			return
 		}

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -28,7 +29,7 @@ const groupsNetwork = "127.89.0.0/16"
 func upWithGroups(t *testing.T) *site {
 	t.Helper()
 	needTools(t)
-	dir, err := os.MkdirTemp("/var/tmp", "trivet-e2e-groups-")
+	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("TMPDIR"), "/var/tmp"), "trivet-e2e-groups-")
 	if err != nil {
 		t.Fatal(err)
 	}
