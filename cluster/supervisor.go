@@ -169,7 +169,12 @@ func (s *supervisor) adopt(l Layout, p Part) (*unit, error) {
 	s.cancels[p.Name] = cancel
 	s.parts.Go(func() { u.loop(ctx) })
 	if p.Role == RoleDB { // a node that was frozen may give up on the group and stay alive
-		s.parts.Go(func() { _ = galera.Guard(ctx, s.galera.node(p.Name), s.log) }) // ends with ctx, without an error
+		end := func() {
+			if err := u.kill(ctx, false); err != nil {
+				s.log.Error("database node could not be ended", "part", p.Name, "err", err)
+			}
+		}
+		s.parts.Go(func() { _ = galera.Guard(ctx, s.galera.node(p.Name), s.log, end) }) // ends with ctx, without an error
 	}
 	return u, nil
 }

@@ -226,7 +226,7 @@ func (a *app) runNode(ctx context.Context, n galera.Node, bootstrap bool) error 
 	guard, stop := context.WithCancel(ctx)
 	defer stop()
 	log := slog.New(slog.NewTextHandler(a.err, nil))
-	go func() { _ = galera.Guard(guard, n, log) }() // ends with guard, without an error
+	go func() { _ = galera.Guard(guard, n, log, func() { _ = cmd.Process.Kill() }) }() // ends with guard, without an error; a process that has ended already is well
 	go func() {
 		if galera.WaitSynced(guard, n) == nil {
 			log.Info("database node is synced", "node", n.Name)

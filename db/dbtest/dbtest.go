@@ -114,8 +114,14 @@ func Start(ctx context.Context, prefix string, n int) (_ *Cluster, err error) {
 			return nil, err
 		}
 	}
-	for _, n := range c.Nodes {
-		c.guards.Go(func() { galera.Guard(guard, n, slog.New(slog.NewTextHandler(os.Stderr, nil))) })
+	for i, n := range c.Nodes {
+		again := func() {
+			c.Kill(i)
+			if err := c.start(guard, i, false); err != nil && guard.Err() == nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+		}
+		c.guards.Go(func() { galera.Guard(guard, n, slog.New(slog.NewTextHandler(os.Stderr, nil)), again) })
 	}
 	return c, nil
 }

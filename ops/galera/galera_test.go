@@ -244,8 +244,10 @@ func TestGroupAndClientsUseTLS(t *testing.T) {
 	c.Close()
 	// A node that falls out of the group is brought back.
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- galera.Guard(ctx, r.nodes[1], slog.New(slog.DiscardHandler)) }()
+	done, ended := make(chan error), make(chan struct{}, 10)
+	go func() {
+		done <- galera.Guard(ctx, r.nodes[1], slog.New(slog.DiscardHandler), func() { ended <- struct{}{} })
+	}()
 	r.exec(1, "SET GLOBAL wsrep_cluster_address = ''")
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		if s, err := galera.Query(r.ctx(), r.nodes[1]); err == nil && s.Serving() && s.Size == 2 {
@@ -254,6 +256,17 @@ func TestGroupAndClientsUseTLS(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the node did not join again")
 		}
+	}
+	if len(ended) > 0 {
+		t.Error("the process of a node that joined again was to be ended")
+	}
+	// One that cannot, here because there is nobody to join, is to be ended and started again.
+	r.kill(0)
+	r.exec(1, "SET GLOBAL wsrep_cluster_address = ''")
+	select {
+	case <-ended:
+	case <-time.After(2 * time.Minute):
+		t.Error("the node stays alive, alone")
 	}
 	cancel()
 	if err := <-done; err != nil {

@@ -102,11 +102,15 @@ func WaitSynced(ctx context.Context, n Node) error {
 	}
 }
 
-// Guard watches a running node until ctx ends, and then returns nil. A node that was frozen, or cut off from
+// vain is how many times Guard has a node join again before it gives the process up.
+const vain = 3
+
+// Guard watches a running node until ctx ends. A node that was frozen, or cut off from
 // all others, sometimes gives up on the group for good ("failed to form singleton view": about every second
 // thaw under load, with 26.4.23) while mariadbd goes on running; Guard then has it join again, which takes an incremental
-// transfer. Run one beside every node; it bears a node that is stopped, starting or frozen.
-func Guard(ctx context.Context, n Node, log *slog.Logger) error {
+// transfer. Where that does not help either, because mariadbd hangs while it leaves, Guard calls end, which is to end the process with SIGKILL and have it started
+// again; every vain attempts anew. Run one Guard beside every node; it bears a node that is stopped, starting or frozen.
+func Guard(ctx context.Context, n Node, log *slog.Logger, end func()) error {
 	db, err := Admin(n)
 	if err != nil {
 		return err
@@ -114,7 +118,7 @@ func Guard(ctx context.Context, n Node, log *slog.Logger) error {
 	defer db.Close()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	for out := 0; ; {
+	for out, tries := 0, 0; ; {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -124,13 +128,19 @@ func Guard(ctx context.Context, n Node, log *slog.Logger) error {
 		s, err := query(qctx, db)
 		cancel()
 		if err != nil || s.Connected {
-			out = 0
+			out, tries = 0, 0
 			continue
 		}
 		if out++; out < 2 {
 			continue // it may be just starting
 		}
 		out = 0
+		if tries++; tries > vain {
+			log.Error("database node cannot join the group again, its process is ended", "node", n.Name, "tries", vain)
+			tries = 0
+			end()
+			continue
+		}
 		log.Warn("database node left the group, joining again", "node", n.Name)
 		// Setting the address, even to what it is, connects anew.
 		if _, err := db.ExecContext(ctx, "SET GLOBAL wsrep_cluster_address = "+quote(n.clusterAddress())); err != nil && ctx.Err() == nil {
