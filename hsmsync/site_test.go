@@ -151,7 +151,7 @@ func eventually(t testing.TB, what string, condition func() (string, bool)) {
 	}
 }
 
-// load is several callers that sign all the time, in batches and one by one.
+// load is several callers that sign again and again, in batches and one by one. They pause, or they would take the processors from those whom they wait for.
 type load struct {
 	t              testing.TB
 	stop           context.CancelFunc
@@ -181,6 +181,7 @@ func (s *site) load() *load {
 				}
 			}
 			l.signed.Add(int64(n))
+			time.Sleep(5 * time.Millisecond)
 		}
 	}
 	for range 2 {

@@ -190,14 +190,16 @@ func Open(t testing.TB, cfg db.Config) *db.Store {
 	return s
 }
 
-// Until waits for a condition and fails the test when it does not come true within half a minute.
+// Until waits for a condition and fails the test when it does not come true within half a minute. It looks ever less often: some conditions ask every node anew.
 func Until(t testing.TB, what string, cond func() bool) {
 	t.Helper()
+	pause := 2 * time.Millisecond
 	for deadline := time.Now().Add(30 * time.Second); !cond(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain until %s", what)
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(pause)
+		pause = min(pause*5/4, 50*time.Millisecond)
 	}
 }
 
