@@ -1,7 +1,6 @@
 package ca_test
 
 import (
-	"flag"
 	"os"
 	"testing"
 
@@ -12,12 +11,5 @@ import (
 var cluster *dbtest.Cluster
 
 func TestMain(m *testing.M) {
-	// Fuzzing runs this program many times over, and needs no database.
-	flag.Parse()
-	for _, name := range []string{"test.fuzz", "test.fuzzworker"} {
-		if v := flag.Lookup(name).Value.String(); v != "" && v != "false" {
-			os.Exit(m.Run())
-		}
-	}
 	os.Exit(dbtest.Main(m, "127.92.0", 3, func(c *dbtest.Cluster) { cluster = c }))
 }

@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/rand"
 	"encoding/json"
-	"flag"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -26,10 +25,6 @@ import (
 var cluster *dbtest.Cluster
 
 func TestMain(m *testing.M) {
-	flag.Parse()
-	if flag.Lookup("test.fuzz").Value.String() != "" || flag.Lookup("test.fuzzworker").Value.String() == "true" {
-		os.Exit(m.Run()) // fuzzing runs several of these processes, and needs no database
-	}
 	os.Exit(dbtest.Main(m, "127.93.1", 2, func(c *dbtest.Cluster) { cluster = c }))
 }
 

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
-	"flag"
 	"io"
 	"log/slog"
 	"net/http"
@@ -41,10 +40,6 @@ func TestMain(m *testing.M) {
 	}
 	for _, media := range []string{"application/pem-certificate-chain", "application/pkix-cert", "application/yaml"} {
 		openapi3filter.RegisterBodyDecoder(media, raw)
-	}
-	flag.Parse()
-	if flag.Lookup("test.fuzz").Value.String() != "" { // several processes at once, none of which needs a database
-		os.Exit(m.Run())
 	}
 	os.Exit(dbtest.Main(m, "127.92.2", 2, func(c *dbtest.Cluster) { cluster = c }))
 }

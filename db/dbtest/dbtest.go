@@ -4,6 +4,7 @@ package dbtest
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -46,8 +47,14 @@ const admin = "dbtest"
 
 // Main runs a package's tests with a cluster of n nodes at prefix.1, prefix.2, …, where prefix is three
 // octets of 127/8, and returns the exit code. use receives the cluster before the tests run. Where
-// MariaDB is not installed it receives nil, unless CI is true: then the tests fail.
+// MariaDB is not installed it receives nil, unless CI is true: then the tests fail. Fuzzing runs the program many times over and needs no database: it gets none.
 func Main(m *testing.M, prefix string, n int, use func(*Cluster)) int {
+	flag.Parse()
+	for _, name := range []string{"test.fuzz", "test.fuzzworker"} {
+		if v := flag.Lookup(name).Value.String(); v != "" && v != "false" {
+			return m.Run()
+		}
+	}
 	if err := galera.Installed(); err != nil {
 		if os.Getenv("CI") == "true" {
 			fmt.Fprintln(os.Stderr, err)
