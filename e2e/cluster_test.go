@@ -101,8 +101,7 @@ func up(t *testing.T) *site {
 			shared.err = fmt.Errorf("%w; run make build", err)
 			return
 		}
-		// The system's temporary directory, not the test's own: the database server's user must be able to reach it.
-		shared.dir, shared.err = os.MkdirTemp(cmp.Or(os.Getenv("TMPDIR"), "/var/tmp"), "trivet-e2e-")
+		shared.dir, shared.err = directory("trivet-e2e-")
 		if shared.err != nil {
 			return
 		}
@@ -269,6 +268,11 @@ func (s *site) issuer(t *testing.T, recorder *load.Recorder) *load.Issuer {
 	i.Roots, i.Recorder = roots, recorder
 	i.History, i.Principal = s.history, principal(t, st.Credentials.Requester)
 	return i
+}
+
+// directory makes one in the system's temporary directory, not the test's own: the database server's user must be able to reach it.
+func directory(prefix string) (string, error) {
+	return os.MkdirTemp(cmp.Or(os.Getenv("TMPDIR"), "/var/tmp"), prefix)
 }
 
 // principal is whom an identity names.

@@ -2,7 +2,6 @@ package e2e_test
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -29,7 +28,7 @@ const groupsNetwork = "127.89.0.0/16"
 func upWithGroups(t *testing.T) *site {
 	t.Helper()
 	needTools(t)
-	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("TMPDIR"), "/var/tmp"), "trivet-e2e-groups-")
+	dir, err := directory("trivet-e2e-groups-")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -105,7 +105,7 @@ func WaitSynced(ctx context.Context, n Node) error {
 // vain is how many times Guard has a node join again before it gives the process up.
 const vain = 3
 
-// Guard watches a running node until ctx ends. A node that was frozen, or cut off from
+// Guard watches a running node until ctx ends, and then returns nil. A node that was frozen, or cut off from
 // all others, sometimes gives up on the group for good ("failed to form singleton view": about every second
 // thaw under load, with 26.4.23) while mariadbd goes on running; Guard then has it join again, which takes an incremental
 // transfer. Where that does not help either, because mariadbd hangs while it leaves, Guard calls end, which is to end the process with SIGKILL and have it started
