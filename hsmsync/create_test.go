@@ -407,6 +407,13 @@ func TestTheMasterMakesKeys(t *testing.T) {
 		good(t, d.c.Drain(t.Context(), "b", "away"))
 		_, err := d.make("y")
 		failed(t, err, "member b alone", "existing keys are not affected")
+		// Once it is active again it makes them again, and nobody else does.
+		good(t, d.c.Recover(t.Context(), "b", "back"))
+		before := d.at["b"].count("generate")
+		d.must("z")
+		if d.at["b"].count("generate") != before+1 || d.at["a"].count("generate") != 0 || d.at["c"].count("generate") != 0 {
+			t.Error("somebody else made it")
+		}
 		failed(t, d.c.SetPolicy(t.Context(), hsmsync.Policy{Creation: hsmsync.CreationMaster, Master: "nobody"}), "no active member")
 	})
 }
