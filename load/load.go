@@ -5,7 +5,6 @@ package load
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
@@ -81,8 +80,6 @@ func Run(ctx context.Context, cfg Config, op Op) Result {
 		cfg.MaxInFlight = 512
 	}
 	t := &tally{began: time.Now(), errors: map[string]int{}}
-	stop, cancel := context.WithTimeout(ctx, cfg.Duration)
-	defer cancel()
 	one := func(i int, due time.Time) {
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.Timeout)
 		defer cancel()
@@ -90,9 +87,9 @@ func Run(ctx context.Context, cfg Config, op Op) Result {
 		t.add(due, time.Now(), err)
 	}
 	if cfg.Rate > 0 {
-		open(stop, cfg, one)
+		open(ctx, cfg, one)
 	} else {
-		closed(stop, max(cfg.Clients, 1), one)
+		closed(ctx, cfg, one)
 	}
 	return t.result()
 }
@@ -109,7 +106,7 @@ func open(ctx context.Context, cfg Config, one func(i int, due time.Time)) {
 	jobs := make(chan job)
 	var workers sync.WaitGroup
 	began, at := time.Now(), 0.0
-	deadline, _ := ctx.Deadline()
+	end := began.Add(cfg.Duration)
 	running := 0
 	for i := 0; ; i++ {
 		due := began.Add(time.Duration(at))
@@ -118,7 +115,7 @@ func open(ctx context.Context, cfg Config, one func(i int, due time.Time)) {
 		} else {
 			at += random.ExpFloat64() * gap
 		}
-		if !due.Before(deadline) {
+		if !due.Before(end) {
 			break
 		}
 		if wait := time.Until(due); wait > 0 {
@@ -130,8 +127,8 @@ func open(ctx context.Context, cfg Config, one func(i int, due time.Time)) {
 			}
 		}
 		// Requests due before the end are made even when they could not start in time: leaving them out would
-		// flatter whatever held them up. Only the caller's own end is an end at once.
-		if errors.Is(ctx.Err(), context.Canceled) {
+		// flatter whatever held them up.
+		if ctx.Err() != nil {
 			break
 		}
 		j := job{i, due}
@@ -156,11 +153,14 @@ func open(ctx context.Context, cfg Config, one func(i int, due time.Time)) {
 	workers.Wait()
 }
 
-func closed(ctx context.Context, clients int, one func(i int, due time.Time)) {
+// closed has every client make one request after the other.
+func closed(ctx context.Context, cfg Config, one func(i int, due time.Time)) {
+	ctx, cancel := context.WithTimeout(ctx, cfg.Duration)
+	defer cancel()
 	var mu sync.Mutex
 	next := 0
 	var workers sync.WaitGroup
-	for range clients {
+	for range max(cfg.Clients, 1) {
 		workers.Go(func() {
 			for ctx.Err() == nil {
 				mu.Lock()
