@@ -244,6 +244,7 @@ func conflicts(old ManifestKey, want hsm.KeyRecord) error {
 func (c *Coordinator) makers(ctx context.Context, s *State) ([]standing, error) {
 	all := c.survey(ctx, s.in(MemberActive, MemberStandby))
 	var out []standing
+	var missing error
 	for _, m := range all {
 		if m.err == nil && s.Policy.Driver == DriverWrap && !holds(m.info, s.Domain.Name) {
 			m.err = troubled(KindDomain, m.Name, "member %s holds domain key %q instead of %s: reconcile, or replace the member", m.Name, m.info.KEK, s.Domain.Name)
@@ -251,11 +252,16 @@ func (c *Coordinator) makers(ctx context.Context, s *State) ([]standing, error) 
 		switch {
 		case m.err == nil:
 			out = append(out, m)
+		case m.State == MemberActive && missing == nil:
+			missing = m.err
 		case m.State == MemberActive:
-			return nil, fmt.Errorf("every active member must be there, or drained: %w", m.err)
+			missing = fmt.Errorf("%w; %w", missing, m.err)
 		default:
 			c.log.Warn("a standby member is not there for a new key; it receives it later", "member", m.Name, "error", m.err)
 		}
+	}
+	if missing != nil {
+		return nil, fmt.Errorf("every active member must be there, or drained: %w", missing)
 	}
 	if len(out) < s.Policy.MinCopies {
 		return nil, fmt.Errorf("the members that can hold it are %d; %d copies of a key are needed", len(out), s.Policy.MinCopies)
