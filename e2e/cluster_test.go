@@ -290,7 +290,7 @@ func principal(t *testing.T, pair cluster.KeyPair) string {
 
 // fsck ends a scenario: what its clients saw is true, and every invariant holds on the live cluster. Responders are asked about what the scenario has issued and some
 // of what others have; after all of them, see soak_test.go, about everything.
-func (s *site) fsck(t *testing.T) { t.Helper(); s.fsckAsking(t, 500) }
+func (s *site) fsck(t *testing.T) { t.Helper(); s.fsckAsking(t, 200) }
 
 func (s *site) fsckAsking(t *testing.T, about int) {
 	t.Helper()

@@ -113,15 +113,14 @@ func compile(dir, name, source string, flags ...string) (string, error) {
 	building.Lock()
 	defer building.Unlock()
 	out := filepath.Join(dir, name)
-	if _, err := os.Stat(out); err == nil {
-		return out, nil
-	}
-	if err := os.WriteFile(out+".c", []byte(source), 0o600); err != nil {
-		return "", fmt.Errorf("compiling %s: %w", name, err)
-	}
-	args := append(flags, "-O1", "-o", out+".new", out+".c", "-ldl", "-lpthread")
-	if text, err := exec.Command(cc, args...).CombinedOutput(); err != nil {
-		return "", fmt.Errorf("compiling %s: %w\n%s", name, err, text)
-	}
-	return out, os.Rename(out+".new", out)
+	return out, once(out, func(at string) error {
+		if err := os.WriteFile(at+".c", []byte(source), 0o600); err != nil {
+			return fmt.Errorf("compiling %s: %w", name, err)
+		}
+		args := append(flags, "-O1", "-o", at, at+".c", "-ldl", "-lpthread")
+		if text, err := exec.Command(cc, args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("compiling %s: %w\n%s", name, err, text)
+		}
+		return nil
+	})
 }

@@ -17,6 +17,7 @@ import (
 
 // shared is what the labs of one test binary have in common: the built hsmd, compiled modules, and tokens already
 // initialised, by kind and name. It is made when a lab first needs it, since a fuzzing worker is killed without ceremony.
+// Whoever runs several test binaries may name a directory of his in HSMTEST_SHARED for all of them; he removes it.
 var shared struct {
 	sync.Mutex
 	on  bool
@@ -28,6 +29,9 @@ var shared struct {
 // sharedDir is empty where nothing is shared.
 func sharedDir(t testing.TB) string {
 	t.Helper()
+	if dir := os.Getenv("HSMTEST_SHARED"); dir != "" {
+		return dir
+	}
 	if !shared.on {
 		return ""
 	}
@@ -40,6 +44,31 @@ func sharedDir(t testing.TB) string {
 
 // building is held while something is compiled.
 var building sync.Mutex
+
+// once makes a file or directory unless it is there, and never shows it half made: other processes may want it, too.
+func once(path string, create func(at string) error) error {
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	at, err := os.MkdirTemp(filepath.Dir(path), "making")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(at) }()
+	made := filepath.Join(at, filepath.Base(path))
+	if err := create(made); err != nil {
+		return err
+	}
+	if err := os.Rename(made, path); err != nil {
+		if _, there := os.Stat(path); there != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // Main runs a package's tests with a shared hsmd and shared blank tokens, which saves seconds per test:
 //
@@ -71,12 +100,16 @@ func NewLab(t testing.TB) *Lab {
 	building.Lock()
 	defer building.Unlock()
 	l.binary = filepath.Join(cmp.Or(sharedDir(t), l.dir), "hsmd")
-	if _, err := os.Stat(l.binary); err != nil {
-		if out, err := exec.Command("go", "build", "-o", l.binary, "trivet/cmd/hsmd").CombinedOutput(); err != nil {
-			t.Fatalf("building hsmd: %v\n%s", err, out)
+	err := once(l.binary, func(at string) error {
+		out, err := exec.Command("go", "build", "-o", at, "trivet/cmd/hsmd").CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w\n%s", err, out)
 		}
+		return nil
+	})
+	if err != nil {
+		t.Fatalf("building hsmd: %v", err)
 	}
-	var err error
 	if l.authority, err = identity.CreateAuthority(filepath.Join(l.dir, "authority"), "lab"); err != nil {
 		t.Fatal(err)
 	}

@@ -58,8 +58,12 @@ func (m *Member) initOnce() {
 	shared.Lock()
 	defer shared.Unlock()
 	blank := filepath.Join(dir, "blank", m.store.kind(), fmt.Sprintf("%s-%d", m.Name, m.tokens))
-	if _, err := os.Stat(blank); err != nil {
-		m.lab.makeBlank(m.Name, store{module: m.store.module, nss: m.store.nss}, blank)
+	err = once(blank, func(at string) error {
+		m.lab.makeBlank(m.Name, store{module: m.store.module, nss: m.store.nss}, at)
+		return nil
+	})
+	if err != nil {
+		m.lab.t.Fatalf("keeping a blank token for others called %s: %v", m.Name, err)
 	}
 	m.store.replace(m.lab.t, blank)
 }
