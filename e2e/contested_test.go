@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -125,7 +126,15 @@ func TestBlockingAKeyWhileItIsCertifiedMissesNoCertificate(t *testing.T) {
 			issuing = persist(ctx, func() (err error) { got, err = issuers[i%2].Send(ctx, r); return err })
 		})
 		var shown []string
-		err = persist(ctx, func() (err error) { shown, err = block(ctx, operator, admin[i%2], body); return err })
+		err = persist(ctx, func() (err error) {
+			shown, err = block(ctx, operator, admin[i%2], body)
+			var lost *url.Error
+			if errors.As(err, &lost) { // no answer: blocking a key twice is blocking it once
+				t.Logf("pair %d: %v", i, err)
+				shown, err = block(ctx, operator, admin[i%2], body)
+			}
+			return err
+		})
 		issue.Wait()
 		if err != nil {
 			return fmt.Errorf("blocking: %w", err)

@@ -428,7 +428,7 @@ func (n *node) listen() ([]*server, error) {
 			WriteTimeout:      20 * time.Second, // above every handler's own limit
 			IdleTimeout:       2 * time.Minute,
 			MaxHeaderBytes:    16 << 10,
-			ErrorLog:          slog.NewLogLogger(n.log.Handler(), slog.LevelDebug),
+			ErrorLog:          slog.NewLogLogger(n.log.Handler(), slog.LevelInfo), // whose TLS was refused, and why
 		}})
 	}
 	for _, s := range servers {
