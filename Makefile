@@ -101,7 +101,7 @@ fuzz-some: ## a few fuzz targets for half a minute each, others with every commi
 chaos: build ## kill each kind of process under load; table and build/chaos.json (CHAOS=name for one row)
 	@ops/install.sh test
 	@mkdir -p build
-	@$(GO) test -count=1 -v -timeout 30m -run 'TestKill' ./e2e -args -chaos-table
+	@$(GO) test -count=1 -v -timeout 30m -run 'TestKill' ./e2e -args -chaos-table -chaos-row=$(CHAOS)
 
 .PHONY: soak
 soak: build ## issue SOAK (default 100000) certificates while every part dies, freezes and is cut off at random; then check (SEED=n repeats)

@@ -37,6 +37,9 @@ const network = "127.88.0.0/16"
 // chaosTable makes the kill scenarios print their table and write build/chaos.json.
 var chaosTable = flag.Bool("chaos-table", false, "print the kill table and write build/chaos.json")
 
+// chaosRowOnly leaves the kill scenarios of all other rows out.
+var chaosRowOnly = flag.String("chaos-row", "", "run only the kill scenario of this row of the table")
+
 // shared is the one cluster that the scenarios use one after another; each leaves it as it found it.
 var shared struct {
 	once sync.Once

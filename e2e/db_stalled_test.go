@@ -9,7 +9,7 @@ import (
 
 // A database node stands still under load, its connections open: those who wait for it go elsewhere, and it comes back by itself.
 func TestKillDBFreeze(t *testing.T) {
-	s := up(t)
+	s := upForRow(t, "db_freeze")
 	s.underLoad(t, fault{
 		name: "db_freeze", form: "SIGSTOP", process: "db1", goal: goals["db_freeze"],
 		strike: func() func() {
@@ -22,7 +22,7 @@ func TestKillDBFreeze(t *testing.T) {
 
 // The disk of a database node hangs under load, while the node itself goes on talking: nobody waits for it, and it catches up by itself.
 func TestKillDBDisk(t *testing.T) {
-	s := up(t)
+	s := upForRow(t, "db_disk")
 	if os.Geteuid() != 0 {
 		t.Skip("mounts a file system: only root may")
 	}

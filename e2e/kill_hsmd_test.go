@@ -12,7 +12,7 @@ func TestKillHSMD(t *testing.T) { killUnderLoad(t, "hsmd_kill", "hsmd-a") }
 
 // An HSM agent stands still under load, its connections open: what it was asked is asked of another before anybody notices.
 func TestKillHSMDFreeze(t *testing.T) {
-	s := up(t)
+	s := upForRow(t, "hsmd_freeze")
 	s.underLoad(t, fault{
 		name: "hsmd_freeze", form: "SIGSTOP", process: "hsmd-a", goal: goals["hsmd_freeze"],
 		strike: func() func() {
@@ -25,7 +25,7 @@ func TestKillHSMDFreeze(t *testing.T) {
 
 // The module of an HSM hangs under load while its agent goes on: the agent notices and ends itself, others sign.
 func TestKillHSMHang(t *testing.T) {
-	s := up(t)
+	s := upForRow(t, "hsm_hang")
 	faults := s.addFaulty(t, "hsmd-d")
 	pid := s.process(t, "hsmd-d").PID
 	s.underLoad(t, fault{

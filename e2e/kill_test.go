@@ -58,7 +58,7 @@ var table struct {
 
 // killUnderLoad is underLoad with kill -9; the supervisor starts the process again.
 func killUnderLoad(t *testing.T, name, process string) {
-	s := up(t)
+	s := upForRow(t, name)
 	pid := 0
 	s.underLoad(t, fault{
 		name: name, form: "kill -9", process: process, goal: goals[name],
@@ -70,6 +70,15 @@ func killUnderLoad(t *testing.T, name, process string) {
 			return nil
 		},
 	})
+}
+
+// upForRow is up for the scenario of one row of the kill table, which is skipped when another row is asked for.
+func upForRow(t *testing.T, name string) *site {
+	t.Helper()
+	if *chaosRowOnly != "" && *chaosRowOnly != name {
+		t.Skipf("row %s alone is asked for", *chaosRowOnly)
+	}
+	return up(t)
 }
 
 // goals are how long the slowest request may take.
