@@ -98,6 +98,9 @@ type faultySigner struct {
 	corrupt atomic.Bool
 	gate    atomic.Pointer[chan struct{}] // while set, a signature is made but not handed out before the channel is closed
 	held    atomic.Int32                  // signatures waiting at the gate
+	batches atomic.Int32                  // under way
+	begun   atomic.Int32                  // batches
+	alone   atomic.Int32                  // batches that began when no other was under way
 }
 
 func (f *faultySigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
@@ -117,6 +120,11 @@ func (f *faultySigner) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) 
 
 // SignBatch keeps the promise of ocsp.Signer: a corrupt signature is an error.
 func (f *faultySigner) SignBatch(_ context.Context, digests [][]byte) ([][]byte, error) {
+	f.begun.Add(1)
+	if f.batches.Add(1) == 1 {
+		f.alone.Add(1)
+	}
+	defer f.batches.Add(-1)
 	sigs := make([][]byte, len(digests))
 	for i, d := range digests {
 		sig, err := f.Sign(nil, d, crypto.SHA256)

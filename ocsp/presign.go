@@ -30,6 +30,9 @@ const (
 	gatherFor = 50 * time.Millisecond
 	// batchTimeout bounds the signing of one batch.
 	batchTimeout = 5 * time.Second
+	// backlog is how many newly issued certificates may wait before they are a backlog, as after a start: one worker at a time signs that ahead and
+	// rests for as long as it worked, since the HSMs have certificates to sign meanwhile. Whoever asks has it signed at once.
+	backlog = 4 * maxBatch
 	// liveSigners may sign at a request's behest at one time; further requests are told to try later.
 	liveSigners = 256
 	// retryAfter a failed signature; the worker that met it rests for pause, so that an outage of the key is not a storm.
@@ -89,6 +92,7 @@ type presigner struct {
 	revoked  []job // mu
 	issued   []job // mu
 	gathered bool  // mu: the first of issued has waited for long enough
+	catching bool  // mu: a worker has part of a backlog, or rests from it
 	later    dues  // mu: refreshes and retries
 	closed   bool  // mu
 }
@@ -161,15 +165,24 @@ func (p *presigner) run(ctx context.Context) error {
 	for range workers {
 		wg.Go(func() {
 			for {
-				batch := p.next()
+				batch, behind := p.next()
 				if batch == nil {
 					return
 				}
+				began, rest := time.Now(), time.Duration(0)
 				if !p.work(ctx, batch) {
+					rest = pause
+				} else if behind {
+					rest = min(time.Since(began), pause)
+				}
+				if rest > 0 {
 					select {
-					case <-time.After(pause):
+					case <-time.After(rest):
 					case <-ctx.Done():
 					}
+				}
+				if behind {
+					p.rested()
 				}
 			}
 		})
@@ -195,24 +208,36 @@ func (p *presigner) run(ctx context.Context) error {
 	}
 }
 
-// next waits for the most urgent jobs, all of one issuer; nil when there is nothing more to do.
-func (p *presigner) next() []job {
+// rested lets a worker take the next part of a backlog.
+func (p *presigner) rested() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.catching = false
+	p.wake.Broadcast()
+}
+
+// next waits for the most urgent jobs, all of one issuer; nil when there is nothing more to do. behind says that they are of a backlog: the
+// caller rests when it has done them, and says so.
+func (p *presigner) next() (_ []job, behind bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
-		switch {
+		switch behind := len(p.issued) > backlog; {
 		case p.closed:
-			return nil
+			return nil, false
 		case len(p.revoked) > 0:
-			return take(&p.revoked)
-		case len(p.issued) >= maxBatch || p.gathered && len(p.issued) > 0:
-			return take(&p.issued)
+			return take(&p.revoked), false
+		case behind && !p.catching:
+			p.catching = true
+			return take(&p.issued), true
+		case !behind && (len(p.issued) >= maxBatch || p.gathered && len(p.issued) > 0):
+			return take(&p.issued), false
 		case p.overdue():
 			batch := []job{heap.Pop(&p.later).(due).job}
 			for len(batch) < maxBatch && p.overdue() && p.later[0].issuer == batch[0].issuer {
 				batch = append(batch, heap.Pop(&p.later).(due).job)
 			}
-			return batch
+			return batch, false
 		}
 		p.wake.Wait()
 	}

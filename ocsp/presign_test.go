@@ -54,6 +54,32 @@ func TestRevokedButUnsignedIsTryLaterNeverOldGood(t *testing.T) {
 	expect(t, n, a, goodSerial, "revoked")
 }
 
+// TestABacklogLeavesTheHSMsToOthers has thousands of certificates to sign for, as after a start: batches go one by one, while what is revoked
+// and what is asked for is signed at once.
+func TestABacklogLeavesTheHSMsToOthers(t *testing.T) {
+	n, a := populated(t)
+	gate := make(chan struct{})
+	a.signer.gate.Store(&gate)
+	for i := range 3000 {
+		n.record.issue("demo-g1", []byte{0x61, byte(i >> 8), byte(i)})
+	}
+	n.polled(t)
+	held := a.signer.held.Load()
+	n.record.revoke("demo-g1", []byte{0x61, 0, 0}, 1)
+	n.polled(t)
+	begun, alone := a.signer.begun.Load(), a.signer.alone.Load()
+	a.signer.gate.Store(nil)
+	close(gate)
+	expect(t, n, a, []byte{0x61, 0, 0}, "revoked")
+	expect(t, n, a, []byte{0x61, 11, 180}, "good") // one of the last
+	n.settle(t)
+	begun, alone = a.signer.begun.Load()-begun, a.signer.alone.Load()-alone
+	t.Logf("%d batches were held; of %d more %d began alone", held, begun, alone)
+	if begun < 30 || alone < begun*2/3 {
+		t.Errorf("of %d batches %d began alone", begun, alone)
+	}
+}
+
 func TestSignatureThatDoesNotVerifyIsNeverReleased(t *testing.T) {
 	n, a := populated(t)
 	a.signer.corrupt.Store(true)
