@@ -91,8 +91,9 @@ const (
 	stale = 3 * time.Second
 	// countsEvery bounds the signatures that a kill -9 can leave out of the audit counts.
 	countsEvery = 10 * time.Second
-	// lookEvery is how often the token's keys are counted, see look.
-	lookEvery = time.Minute
+	// lookEvery is how often the token's keys are counted, see look; less often where that takes longer, so that it never costs more
+	// than one part in lookShare of the time.
+	lookEvery, lookShare = time.Minute, 1000
 	// parallel bounds how many digests of one batch are in the module at once, so that one caller cannot have it all.
 	parallel = 4
 	// managers bounds the management requests that run or wait. They are served one at a time.
@@ -182,7 +183,7 @@ func (s *Server) long() time.Duration { return max(30*time.Second, 20*s.cfg.Call
 // Run makes test signatures and writes signature counts to the audit record until ctx ends. The first test signature is
 // made before anything else, so that the health report is true from the start.
 func (s *Server) Run(ctx context.Context) error {
-	probe, counts, look := time.NewTicker(s.cfg.ProbeEvery), time.NewTicker(countsEvery), time.NewTicker(lookEvery)
+	probe, counts, look := time.NewTicker(s.cfg.ProbeEvery), time.NewTicker(countsEvery), time.NewTimer(lookEvery)
 	defer probe.Stop()
 	defer counts.Stop()
 	defer look.Stop()
@@ -195,7 +196,11 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-probe.C:
 			s.test(ctx)
 		case <-look.C:
-			looking.Go(func() { s.look(ctx) }) // no probe is to wait for it
+			looking.Go(func() { // no probe is to wait for it
+				began := time.Now()
+				s.look(ctx)
+				look.Reset(max(lookEvery, lookShare*time.Since(began)))
+			})
 		case <-counts.C:
 			if err := s.writeCounts(); err != nil {
 				return err
