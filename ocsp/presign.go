@@ -31,7 +31,8 @@ const (
 	// batchTimeout bounds the signing of one batch.
 	batchTimeout = 5 * time.Second
 	// backlog is how many newly issued certificates may wait before they are a backlog, as after a start: one worker at a time signs that ahead and
-	// rests for as long as it worked, since the HSMs have certificates to sign meanwhile. Whoever asks has it signed at once.
+	// rests for as long as it worked, since the HSMs have certificates to sign meanwhile. What is issued meanwhile queues behind it; what is revoked
+	// does not, and whoever asks has it signed at once.
 	backlog = 4 * maxBatch
 	// liveSigners may sign at a request's behest at one time; further requests are told to try later.
 	liveSigners = 256
