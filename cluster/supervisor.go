@@ -376,9 +376,6 @@ func (s *supervisor) environment(p Part) []string {
 	if p.Role == RoleHSMD {
 		env = append(append(env, "SOFTHSM2_CONF="+softHSMConf(p)), s.plan().addition(p.Name).Env...)
 	}
-	if os.Getenv("GOGC") == "" {
-		env = append(env, "GOGC=400") // heaps of a few MB: at the default a tenth of a CA node's time goes to collecting them
-	}
 	return env
 }
 

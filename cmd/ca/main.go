@@ -10,9 +10,12 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"trivet/ballast"
 )
 
 func main() {
+	ballast.Load()
 	path := flag.String("config", "", "configuration `FILE` (YAML)")
 	check := flag.Bool("check", false, "check the configuration and connect to nothing")
 	flag.Parse()

@@ -32,6 +32,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
+	"trivet/ballast"
 	"trivet/health"
 	"trivet/hsm"
 	"trivet/hsm/agent"
@@ -47,6 +48,7 @@ var errUsage = errors.New("usage: hsmd [init-token] --config FILE [--check]")
 var errRestart = errors.New("to be started again")
 
 func main() {
+	ballast.Load()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()

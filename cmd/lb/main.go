@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"trivet/ballast"
 	"trivet/identity"
 	"trivet/lb"
 )
@@ -37,6 +38,7 @@ type config struct {
 const grace = 15 * time.Second
 
 func main() {
+	ballast.Load()
 	if err := run(context.Background(), os.Args[1:], os.Stderr); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			os.Exit(2)

@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
 
+	"trivet/ballast"
 	"trivet/db"
 	"trivet/hsmsync"
 	"trivet/identity"
@@ -45,6 +46,7 @@ const (
 var errUsage = errors.New("usage: ocsp --config FILE [--check]")
 
 func main() {
+	ballast.Load()
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	err := run(ctx, os.Args[1:], os.Stdout, log)
