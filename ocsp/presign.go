@@ -30,9 +30,8 @@ const (
 	gatherFor = 50 * time.Millisecond
 	// batchTimeout bounds the signing of one batch.
 	batchTimeout = 5 * time.Second
-	// backlog is how many newly issued certificates may wait before they are a backlog, as after a start: one worker at a time signs that ahead and
-	// rests for as long as it worked, since the HSMs have certificates to sign meanwhile. What is issued meanwhile queues behind it; what is revoked
-	// does not, and whoever asks has it signed at once.
+	// backlog is how many newly issued certificates may wait. The others join what is not urgent: what a start finds unsigned, retries and
+	// refreshes. That is one worker's at a time, who rests for as long as it worked, since the HSMs have certificates to sign meanwhile.
 	backlog = 4 * maxBatch
 	// liveSigners may sign at a request's behest at one time; further requests are told to try later.
 	liveSigners = 256
@@ -77,8 +76,7 @@ func (d *dues) Pop() any {
 	return x
 }
 
-// presigner keeps every status signed: newly revoked first, then newly issued, then the oldest. It is safe for
-// concurrent use.
+// presigner keeps every status signed: newly revoked first, then newly issued, then what was due first. It is safe for concurrent use.
 type presigner struct {
 	now     func() time.Time
 	log     *slog.Logger
@@ -91,10 +89,10 @@ type presigner struct {
 	mu       sync.Mutex
 	wake     *sync.Cond
 	revoked  []job // mu
-	issued   []job // mu
+	issued   []job // mu: backlog at most
 	gathered bool  // mu: the first of issued has waited for long enough
-	catching bool  // mu: a worker has part of a backlog, or rests from it
-	later    dues  // mu: refreshes and retries
+	later    dues  // mu: what is not urgent
+	trailing bool  // mu: a worker has part of later, or rests from it
 	closed   bool  // mu
 }
 
@@ -112,6 +110,10 @@ func (p *presigner) enqueue(state State, j job) {
 	case Revoked:
 		p.revoked = append(p.revoked, j)
 	case Good:
+		if len(p.issued) == backlog {
+			heap.Push(&p.later, due{p.now().Unix(), j})
+			return
+		}
 		if p.issued = append(p.issued, j); len(p.issued) == 1 {
 			p.gathered = false
 			time.AfterFunc(gatherFor, p.endGathering)
@@ -147,10 +149,10 @@ func (p *presigner) enqueueAll(is *issuer) {
 	for _, s := range revoked {
 		p.revoked = append(p.revoked, job{is, s, hashSHA1})
 	}
+	now := p.now().Unix()
 	for _, s := range good {
-		p.issued = append(p.issued, job{is, s, hashSHA1})
+		heap.Push(&p.later, due{now, job{is, s, hashSHA1}})
 	}
-	p.gathered = true
 	p.wake.Broadcast()
 }
 
@@ -166,14 +168,14 @@ func (p *presigner) run(ctx context.Context) error {
 	for range workers {
 		wg.Go(func() {
 			for {
-				batch, behind := p.next()
+				batch, trailing := p.next()
 				if batch == nil {
 					return
 				}
 				began, rest := time.Now(), time.Duration(0)
 				if !p.work(ctx, batch) {
 					rest = pause
-				} else if behind {
+				} else if trailing {
 					rest = min(time.Since(began), pause)
 				}
 				if rest > 0 {
@@ -182,7 +184,7 @@ func (p *presigner) run(ctx context.Context) error {
 					case <-ctx.Done():
 					}
 				}
-				if behind {
+				if trailing {
 					p.rested()
 				}
 			}
@@ -209,42 +211,40 @@ func (p *presigner) run(ctx context.Context) error {
 	}
 }
 
-// rested lets a worker take the next part of a backlog.
+// rested lets a worker take the next of what is not urgent.
 func (p *presigner) rested() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.catching = false
+	p.trailing = false
 	p.wake.Broadcast()
 }
 
-// next waits for the most urgent jobs, all of one issuer; nil when there is nothing more to do. behind says that they are of a backlog: the
+// next waits for the most urgent jobs, all of one issuer; nil when there is nothing more to do. trailing says that they are not urgent: the
 // caller rests when it has done them, and says so.
-func (p *presigner) next() (_ []job, behind bool) {
+func (p *presigner) next() (_ []job, trailing bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for {
-		switch behind := len(p.issued) > backlog; {
+		switch {
 		case p.closed:
 			return nil, false
 		case len(p.revoked) > 0:
 			return take(&p.revoked), false
-		case behind && !p.catching:
-			p.catching = true
-			return take(&p.issued), true
-		case !behind && (len(p.issued) >= maxBatch || p.gathered && len(p.issued) > 0):
+		case len(p.issued) >= maxBatch || p.gathered && len(p.issued) > 0:
 			return take(&p.issued), false
-		case p.overdue():
+		case !p.trailing && p.overdue():
+			p.trailing = true
 			batch := []job{heap.Pop(&p.later).(due).job}
 			for len(batch) < maxBatch && p.overdue() && p.later[0].issuer == batch[0].issuer {
 				batch = append(batch, heap.Pop(&p.later).(due).job)
 			}
-			return batch, false
+			return batch, true
 		}
 		p.wake.Wait()
 	}
 }
 
-// overdue says whether a refresh or retry is due. The caller holds p.mu.
+// overdue says whether something of later is due. The caller holds p.mu.
 func (p *presigner) overdue() bool { return len(p.later) > 0 && p.later[0].at <= p.now().Unix() }
 
 // take removes the first jobs of one issuer from a queue that has some.
