@@ -114,7 +114,7 @@ model: ## check every protocol model, and that each removed rule gives a counter
 	@$(GO) test -count=1 -v -timeout 3h ./docs/models -args -all -model=$(MODEL) | grep -v -e '^=== ' -e '^ *--- PASS' | sed 's/^ *models_test.go:[0-9]*: //'; exit $${PIPESTATUS[0]}
 
 .PHONY: bench
-bench: build ## measure beside references; table and build/bench.json (BENCH=name for one row)
+bench: build ## measure beside references; table and build/bench.json (BENCH=name for one row and those measured with it)
 	@ops/install.sh test
 	@mkdir -p build
 	@$(GO) run ./bench
