@@ -312,7 +312,7 @@ func (c *CRLs) once(ctx context.Context, a *Authority) (*CRL, error) {
 	}
 	content, lost := crlContent(latest, previous, now)
 	thisUpdate := now.Truncate(time.Second)
-	tbs, err := c.e.drafter.draftCRL(a, number, thisUpdate, content)
+	tbs, err := draftCRL(a, number, thisUpdate, content)
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
@@ -88,7 +89,7 @@ func invalidityOf(e x509.RevocationListEntry) (t time.Time) {
 }
 
 // draftCRL returns the TBSCertList of a complete CRL.
-func (d *drafter) draftCRL(a *Authority, number uint64, thisUpdate time.Time, content []entry) (tbs []byte, err error) {
+func draftCRL(a *Authority, number uint64, thisUpdate time.Time, content []entry) (tbs []byte, err error) {
 	s, _, err := schemeOf(a.Certificate.PublicKey)
 	if err != nil {
 		return nil, err
@@ -110,12 +111,13 @@ func (d *drafter) draftCRL(a *Authority, number uint64, thisUpdate time.Time, co
 		}
 		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, line)
 	}
-	// The library does not compare key and issuer. That lets a throwaway key make the draft, and is why verifyCRL exists.
-	der, err := x509.CreateRevocationList(rand.Reader, list, a.Certificate, d.key(s))
+	tbs, err = tbsFor(a.Certificate.PublicKey, func(k crypto.Signer) ([]byte, error) {
+		return x509.CreateRevocationList(rand.Reader, list, a.Certificate, k)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("building the CRL: %w", err)
 	}
-	return tbsOf(der)
+	return tbs, nil
 }
 
 // verifyCRL checks a whole CRL before anyone sees it (I7): it contains exactly that TBSCertList and its signature is the authority's.

@@ -202,7 +202,6 @@ type Engine struct {
 	log    journalWriter // cfg.Journal; the same
 
 	linter      *linter
-	drafter     *drafter
 	metrics     *metrics
 	clock       *clockGuard
 	authorities atomic.Pointer[Authorities]
@@ -254,13 +253,9 @@ func New(cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := newDrafter()
-	if err != nil {
-		return nil, err
-	}
 	e := &Engine{
 		cfg: cfg, record: cfg.Store, lane: cfg.Rounds.lane(cfg.Lane), log: cfg.Journal,
-		linter: newLinter(), drafter: d, metrics: m, clock: newClockGuard(cfg.Clocks, cfg.Now, m.clock), admission: admission,
+		linter: newLinter(), metrics: m, clock: newClockGuard(cfg.Clocks, cfg.Now, m.clock), admission: admission,
 		queue: make(chan *job), stopped: make(chan struct{}), dead: make(chan error, 1),
 		inflight: make(map[[32]byte]*job), unready: errStarting,
 	}

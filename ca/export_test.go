@@ -62,14 +62,14 @@ func (p *Profile) Misencode(r Request, a *Authority, change func(*x509.Certifica
 	}
 	lie := *t
 	change(&lie)
-	der, _, err := throwaway.draft(&lie, parentOf(a), v.key)
+	der, _, err := draft(&lie, parentOf(a), v.key)
 	if err != nil {
 		return err
 	}
 	return v.agree(der, t, parentOf(a))
 }
 
-// Draft makes the draft of a certificate under a throwaway signature, linted, as Issue does before anything is recorded.
+// Draft makes the draft of a certificate that nobody signed, linted, as Issue does before anything is recorded.
 func (p *Profile) Draft(r Request, a *Authority, now time.Time) ([]byte, error) {
 	c, err := parseCSR(r.CSR)
 	if err != nil {
@@ -89,17 +89,14 @@ func (p *Profile) Draft(r Request, a *Authority, now time.Time) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	der, _, err := throwaway.draft(t, parentOf(a), v.key)
+	der, _, err := draft(t, parentOf(a), v.key)
 	if err != nil {
 		return nil, err
 	}
 	return der, drafts.check(der, p.Lint, now)
 }
 
-var (
-	drafts       = newLinter()
-	throwaway, _ = newDrafter()
-)
+var drafts = newLinter()
 
 type rand0 struct{}
 
@@ -161,7 +158,7 @@ var SPKIOf = spkiOf
 
 // PermitStored judges what a TBSCertificate, as the database might hold it, asks for.
 func (p *Profile) PermitStored(tbs []byte, a *Authority) error {
-	der, err := throwaway.dress(tbs, parentOf(a))
+	der, err := dress(tbs, parentOf(a))
 	if err != nil {
 		return err
 	}

@@ -54,7 +54,7 @@ func (l *linter) selection(rules Lint) (selection, error) {
 // grades are the least grades of a finding that refuses.
 var grades = map[string]lint.LintStatus{"": lint.Error, "error": lint.Error, "warn": lint.Warn, "notice": lint.Notice}
 
-// check lints a draft, a whole DER certificate under a throwaway signature, and refuses it on any finding of a grade that the rules do not let
+// check lints a draft, a whole DER certificate that nobody signed, and refuses it on any finding of a grade that the rules do not let
 // pass and that no waiver excuses now.
 func (l *linter) check(der []byte, rules Lint, now time.Time) error {
 	s, err := l.selection(rules)

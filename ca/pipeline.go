@@ -122,13 +122,13 @@ func (e *Engine) issue(ctx context.Context, r *Request) (*Issued, error) {
 	})
 }
 
-// draft builds an end-entity certificate under a throwaway signature, and its TBSCertificate.
+// draft builds an end-entity certificate that nobody signed, and its TBSCertificate.
 func (e *Engine) draft(p *Profile, a *Authority, v values) (der, tbs []byte, err error) {
 	t, err := p.template(a, e.cfg.BaseURL, v)
 	if err != nil {
 		return nil, nil, err
 	}
-	der, tbs, err = e.drafter.draft(t, parentOf(a), v.key)
+	der, tbs, err = draft(t, parentOf(a), v.key)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -293,7 +293,7 @@ func (e *Engine) draftIssuer(d *Draft) (parent, issuer, error) {
 	return parentOf(a), issuer{a.Issuer, a.Key(), a.Certificate.PublicKey}, nil
 }
 
-// buildDraft makes a caller's draft into a certificate under a throwaway signature.
+// buildDraft makes a caller's draft into a certificate that nobody signed.
 func (e *Engine) buildDraft(d *Draft, by parent, serial []byte, notBefore, notAfter time.Time) (der, tbs []byte, err error) {
 	t := *d.Template
 	t.SerialNumber = new(big.Int).SetBytes(serial)
@@ -303,7 +303,7 @@ func (e *Engine) buildDraft(d *Draft, by parent, serial []byte, notBefore, notAf
 			return nil, nil, err
 		}
 	}
-	return e.drafter.draft(&t, by, d.PublicKey)
+	return draft(&t, by, d.PublicKey)
 }
 
 // admit refuses everything while the engine is halted or not running.

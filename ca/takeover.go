@@ -132,7 +132,7 @@ func (e *Engine) recheck(row db.Intent) error {
 	if !p.mayUse(a.CA) {
 		return refuse(MalformedRequest, "ca", "CA %s may not issue under profile %s", a.CA, p.Name)
 	}
-	der, err := e.drafter.dress(row.TBS, parentOf(a))
+	der, err := dress(row.TBS, parentOf(a))
 	if err != nil {
 		return err
 	}
@@ -170,7 +170,7 @@ func (e *Engine) recheck(row db.Intent) error {
 // recheckDraft is recheck for a certificate whose contents a caller built: the stored row must be that draft, under its own serial and an
 // earlier validity of no greater length.
 func (e *Engine) recheckDraft(d *Draft, by parent, row db.Intent) error {
-	dressed, err := e.drafter.dress(row.TBS, by)
+	dressed, err := dress(row.TBS, by)
 	if err != nil {
 		return err
 	}

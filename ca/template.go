@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -209,22 +210,6 @@ func (s *scheme) assemble(tbs, signature []byte) ([]byte, error) {
 	return b.Bytes()
 }
 
-// drafter makes drafts: whole certificates under a throwaway key of the issuer's kind, whose TBSCertificate is the one to be signed. The
-// keys live as long as the process and their certificates leave it nowhere.
-type drafter struct{ p256, p384 *ecdsa.PrivateKey }
-
-func newDrafter() (*drafter, error) {
-	p256, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, fmt.Errorf("making a throwaway key: %w", err)
-	}
-	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	if err != nil {
-		return nil, fmt.Errorf("making a throwaway key: %w", err)
-	}
-	return &drafter{p256, p384}, nil
-}
-
 // parent is all of an issuer that a certificate contains.
 type parent struct {
 	rawSubject []byte
@@ -236,40 +221,64 @@ func parentOf(a *Authority) parent {
 	return parent{rawSubject: a.Certificate.RawSubject, keyID: a.Certificate.SubjectKeyId, key: a.Certificate.PublicKey}
 }
 
-// draft returns a whole certificate under a throwaway signature, and its TBSCertificate.
-func (d *drafter) draft(template *x509.Certificate, by parent, pub crypto.PublicKey) (der, tbs []byte, err error) {
+// draft returns a whole certificate that nobody signed, and its TBSCertificate, which is the one to be signed.
+func draft(template *x509.Certificate, by parent, pub crypto.PublicKey) (der, tbs []byte, err error) {
 	s, _, err := schemeOf(by.key)
 	if err != nil {
 		return nil, nil, err
 	}
 	t := *template
 	t.SignatureAlgorithm = s.algorithm
-	der, err = x509.CreateCertificate(rand.Reader, &t, &x509.Certificate{RawSubject: by.rawSubject, SubjectKeyId: by.keyID}, pub, d.key(s))
+	tbs, err = tbsFor(by.key, func(k crypto.Signer) ([]byte, error) {
+		return x509.CreateCertificate(rand.Reader, &t, &x509.Certificate{RawSubject: by.rawSubject, SubjectKeyId: by.keyID}, pub, k)
+	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("building the certificate: %w", err)
 	}
-	tbs, err = tbsOf(der)
+	der, err = dress(tbs, by)
 	return der, tbs, err
 }
 
-// dress puts a stored TBSCertificate under a throwaway signature, so that it can be parsed and linted.
-func (d *drafter) dress(tbs []byte, by parent) ([]byte, error) {
+// dress completes a TBSCertificate to a certificate that nobody signed, so that it can be parsed and linted.
+func dress(tbs []byte, by parent) ([]byte, error) {
 	s, _, err := schemeOf(by.key)
 	if err != nil {
 		return nil, err
 	}
-	signature, err := ecdsa.SignASN1(rand.Reader, d.key(s), s.digest(tbs))
-	if err != nil {
-		return nil, fmt.Errorf("signing a draft: %w", err)
-	}
-	return s.assemble(tbs, signature)
+	return s.assemble(tbs, noSignature)
 }
 
-func (d *drafter) key(s *scheme) *ecdsa.PrivateKey {
-	if s == schemeP384 {
-		return d.p384
+// noSignature has the form of an ECDSA signature, and is that of no message under any key: its r and s are 0.
+var noSignature = []byte{0x30, 6, 2, 1, 0, 2, 1, 0}
+
+// tbsFor returns what the library wants to have signed when build makes something under a key.
+func tbsFor(public crypto.PublicKey, build func(crypto.Signer) ([]byte, error)) ([]byte, error) {
+	k := draftKey{public: public}
+	if _, err := build(&k); !errors.Is(err, errDrafted) {
+		return nil, cmp.Or(err, errors.New("it was built without a signature"))
 	}
-	return d.p256
+	return k.tbs, nil
+}
+
+// draftKey stands in for an issuer's key where a library builds: it keeps what it is to sign, and refuses. To sign that with a key made for it, and to
+// have the library check the signature, would be a fifteenth of a CA node's work.
+type draftKey struct {
+	public crypto.PublicKey
+	tbs    []byte
+}
+
+var errDrafted = errors.New("drafted")
+
+func (k *draftKey) Public() crypto.PublicKey { return k.public }
+
+func (k *draftKey) SignMessage(_ io.Reader, message []byte, _ crypto.SignerOpts) ([]byte, error) {
+	k.tbs = bytes.Clone(message)
+	return nil, errDrafted
+}
+
+// Sign is not called for a key that has SignMessage.
+func (k *draftKey) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
+	return nil, errors.New("a digest is nothing to draft from")
 }
 
 // tbsOf returns the TBSCertificate inside a DER certificate. The slice shares der's memory.
