@@ -4,11 +4,13 @@
 // went to collecting it. A larger GOGC would help, and multiply the heap of a responder that knows millions of certificates.
 package ballast
 
+import "sync/atomic"
+
 // octets are counted as heap, never touched, and so no memory: a small heap grows to as much before it is collected, a large one to twice its size as
 // before.
 const octets = 64 << 20
 
-var block []byte
+var block atomic.Pointer[[octets]byte]
 
 // Load takes the ballast on board, for as long as the process lives. Call it first of all, once.
-func Load() { block = make([]byte, octets) }
+func Load() { block.Store(new([octets]byte)) }
