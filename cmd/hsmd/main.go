@@ -234,7 +234,7 @@ func serve(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		Handler: mux, TLSConfig: id.ServerTLS(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
 		// The longest answer is that to making an RSA key, or opening the token: 30 s or twenty calls, and the wait before.
 		WriteTimeout: max(time.Minute, 30*cfg.CallTimeout), IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelInfo), // whose TLS was refused, and why
 	}
 
 	// inner ends after web: the probe and the audit counts go on while the last requests are answered.

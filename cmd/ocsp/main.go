@@ -145,7 +145,8 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 		return fmt.Errorf("listening for the cluster: %w", err)
 	}
 	defer internal.Close()
-	publicServer, internalServer := newServer(va.Public(), log), newServer(va.Internal(metrics), log)
+	// Broken clients are the network's everyday; whose TLS another part refuses, and why, is not.
+	publicServer, internalServer := newServer(va.Public(), log, slog.LevelDebug), newServer(va.Internal(metrics), log, slog.LevelInfo)
 	internalServer.TLSConfig = id.ServerTLS()
 
 	base, stopAll := context.WithCancel(context.WithoutCancel(ctx))
@@ -189,11 +190,11 @@ func serve(ctx context.Context, cfg *config, log *slog.Logger) error {
 	return parts.Wait()
 }
 
-// newServer bounds what a slow or talkative client may cost.
-func newServer(h http.Handler, log *slog.Logger) *http.Server {
+// newServer bounds what a slow or talkative client may cost. Broken connections are logged at level.
+func newServer(h http.Handler, log *slog.Logger, level slog.Level) *http.Server {
 	return &http.Server{
 		Handler: h, ReadHeaderTimeout: headTimeout, ReadTimeout: ioTimeout, WriteTimeout: ioTimeout, IdleTimeout: idleTimeout,
-		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(log.Handler(), level),
 	}
 }
 
