@@ -269,6 +269,7 @@ func TestAnExchangedTokenIsRefusedUntilItsMemberIsReplaced(t *testing.T) {
 		keys := d.must(labels(5)...)
 		fresh := d.newcomer("b") // a new token under an old name
 		failed(t, d.c.Enroll(t.Context(), fresh), "replace the member")
+		failed(t, d.c.Recover(t.Context(), "b", ""), "replace the member")
 		_, err := d.make("z")
 		failed(t, err, "replace the member")
 		r, err := d.c.Reconcile(t.Context())

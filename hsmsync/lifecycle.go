@@ -76,8 +76,18 @@ func (c *Coordinator) Promote(ctx context.Context, name, why string) error {
 }
 
 // Recover has every process forget that it quarantined a member or gave it up, and gives a drained member its place back
-// once it has proved every live key. Keys that it lacks are brought to it.
+// once it has proved every live key. Keys that it lacks are brought to it. It is refused while the member does not answer, or answers
+// with another token than it joined with.
 func (c *Coordinator) Recover(ctx context.Context, name, why string) error {
+	s, err := c.State(ctx)
+	if err != nil {
+		return err
+	}
+	if m, there := s.Member(name); there {
+		if err := c.look(ctx, m).err; err != nil {
+			return fmt.Errorf("recovering member %s of group %s: %w", name, c.cfg.Group, err)
+		}
+	}
 	drained := false
 	if err := c.assign(ctx, "recovering", name, func(_ *State, m GroupMember) (*Entry, error) {
 		drained = m.State == MemberDrained

@@ -20,8 +20,12 @@ func TestMembersAreDrainedAndComeBack(t *testing.T) {
 		d.expect("a active, b active, c drained")
 		d.at["c"].with("*", dead)
 		late := d.must("late")[0]
+		entries := len(d.chain.events())
 		failed(t, d.c.Recover(ctx, "c", ""), "asking c")
 		d.expect("a active, b active, c drained")
+		if len(d.chain.events()) != entries {
+			t.Error("it was refused, and the log says that it is to be recovered")
+		}
 		d.at["c"].with("*", nil)
 		good(t, d.c.Recover(ctx, "c", "done"))
 		d.expect("a active, b active, c standby") // as it was
