@@ -231,6 +231,8 @@ func (r *Rounds) explain(n uint64, ready bool, state db.RoundState) error {
 	switch {
 	case state.N < n:
 		return unavailable(DatabaseUnavailable, nil, "the database has gone back to before recovery round %d: what it lost is being put back, repeat the request", n)
+	case !ready && n == 0 && state.N == 0:
+		return unavailable(DatabaseUnavailable, nil, "this node has just started and still compares its journal with the database: repeat the request")
 	case state.N > n, !ready:
 		return unavailable(DatabaseUnavailable, nil, "recovery round %d: this node puts back what the database may have lost; repeat the request", max(n, state.N))
 	case !state.Open():
