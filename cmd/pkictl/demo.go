@@ -25,7 +25,7 @@ responders and a balancer, as plain processes on loopback addresses, with everyt
 needed, and root is not either.
 
 A part that dies by itself is restarted after a second. A part ended by kill or stopped by freeze stays so until start or thaw. Further HSM
-agents come and go with add and remove, and wipe makes an HSM new.`,
+agents come and go with add and remove, and wipe makes an HSM new and starts it.`,
 		a.demoUp(), a.demoTry(), a.demoStatus(),
 		a.demoVerb("kill", "End a part with SIGKILL; it stays away until start", (*cluster.Cluster).Kill),
 		a.demoVerb("freeze", "Stop a part with SIGSTOP: its connections stay open and nothing answers", (*cluster.Cluster).Freeze),

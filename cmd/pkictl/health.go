@@ -60,8 +60,8 @@ func (a *app) healthCommand() *cobra.Command {
 		Use:   "health",
 		Short: "Ask every process how it is",
 		Long: `Ask every process how it is, directly and not through the balancer. Each says what it can do now (its capabilities) and why not what it
-cannot. In a demo every process is asked; with --config the CA nodes under admin are, and what is listed under processes. The exit code is 1
-unless all is well.
+cannot, and which of its checks fail although nothing is lost by it yet, such as an HSM out of three. In a demo every process is asked; with
+--config the CA nodes under admin are, and what is listed under processes. The exit code is 1 unless all can do what they should.
 
 With --verbose each CA node also says how long requests took in each stage of issuing since it started: wait (for their turn), check, build (and
 lint) and queue of a request; intent, sign, outcome and release of a batch of them. And it says how the database's partitions of TBSCertificates
@@ -111,12 +111,29 @@ are: for how many days to come there are some, how many days could not be droppe
 				sort.Strings(cannot)
 				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", p.Name, p.Role, p.Address, state, strings.Join(can, " "), strings.Join(cannot, "; "))
 			}
+			writeFailed(w, r.Processes)
 			writeStages(w, r.Processes)
 			writeTBS(w, r.Processes)
 		}),
 	}
 	c.Flags().BoolVarP(&verbose, "verbose", "v", false, "also show how long each stage of issuing takes")
 	return a.clientFlags(c)
+}
+
+// writeFailed lists checks that fail behind capabilities that are there all the same: what the next failure will meet.
+func writeFailed(w io.Writer, processes []processHealth) {
+	head := "\nPROCESS\tCHECK\tFAILS\n"
+	for _, p := range processes {
+		if p.Report == nil {
+			continue
+		}
+		for _, c := range p.Report.Checks {
+			if !c.OK {
+				fmt.Fprintf(w, "%s%s\t%s\t%s\n", head, p.Name, c.Name, c.Detail)
+				head = ""
+			}
+		}
+	}
 }
 
 func writeStages(w io.Writer, processes []processHealth) {
