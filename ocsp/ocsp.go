@@ -101,7 +101,7 @@ func New(cfg Config) (*VA, error) {
 		return nil, err
 	}
 	v.presigner = newPresigner(cfg.Now, cfg.Log, v.metrics)
-	v.catalog.ready = v.presigner.enqueueAll
+	v.catalog.ready = v.presigner.signMissing
 	v.feed.metrics = v.metrics
 	v.feed.changed = v.presigner.changed
 	return v, nil

@@ -1,7 +1,6 @@
 package ocsp
 
 import (
-	"container/heap"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -23,21 +22,14 @@ const (
 	backdate = time.Minute
 	// afterlife is how long past its notAfter a certificate is still answered for.
 	afterlife = 24 * time.Hour
-	// workers that sign ahead, each a batch at a time. A batch costs its way to the HSM whatever its size, so what was newly issued gathers for a
-	// moment; whoever asks meanwhile has it signed at once. What was revoked does not wait.
-	workers   = 4
-	maxBatch  = 64
-	gatherFor = 50 * time.Millisecond
+	// workers that sign ahead, each a batch at a time.
+	workers = 4
 	// batchTimeout bounds the signing of one batch.
 	batchTimeout = 5 * time.Second
-	// backlog is how many newly issued certificates may wait. The others join what is not urgent: what a start finds unsigned, retries and
-	// refreshes. That is one worker's at a time, who rests for as long as it worked, since the HSMs have certificates to sign meanwhile.
-	backlog = 4 * maxBatch
 	// liveSigners may sign at a request's behest at one time; further requests are told to try later.
 	liveSigners = 256
-	// retryAfter a failed signature; the worker that met it rests for pause, so that an outage of the key is not a storm.
+	// retryAfter a failed signature.
 	retryAfter = time.Second
-	pause      = 250 * time.Millisecond
 	// minRefresh is the least time between two signatures of one answer, when an expiring certificate shortens them.
 	minRefresh = time.Minute
 )
@@ -49,89 +41,19 @@ var (
 	errEnding      = errors.New("responder certificate or CA certificate has expired")
 )
 
-// job is an answer to be signed ahead.
-type job struct {
-	issuer *issuer
-	serial Serial
-	hash   hash
-}
-
-// due is a job with the moment from which it is wanted.
-type due struct {
-	at int64 // unix seconds
-	job
-}
-
-// dues is a heap, soonest first. Since validity is the same for all, that is oldest first.
-type dues []due
-
-func (d dues) Len() int           { return len(d) }
-func (d dues) Less(i, j int) bool { return d[i].at < d[j].at }
-func (d dues) Swap(i, j int)      { d[i], d[j] = d[j], d[i] }
-func (d *dues) Push(x any)        { *d = append(*d, x.(due)) }
-func (d *dues) Pop() any {
-	old := *d
-	x := old[len(old)-1]
-	*d = old[:len(old)-1]
-	return x
-}
-
-// presigner keeps every status signed: newly revoked first, then newly issued, then what was due first. It is safe for concurrent use.
+// presigner keeps every status signed. It is safe for concurrent use.
 type presigner struct {
-	now     func() time.Time
+	*queue
 	log     *slog.Logger
 	metrics *metrics
 	live    *semaphore.Weighted
 	flights singleflight.Group
 
 	complain rate.Sometimes
-
-	mu       sync.Mutex
-	wake     *sync.Cond
-	revoked  []job // mu
-	issued   []job // mu: backlog at most
-	gathered bool  // mu: the first of issued has waited for long enough
-	later    dues  // mu: what is not urgent
-	trailing bool  // mu: a worker has part of later, or rests from it
-	closed   bool  // mu
 }
 
 func newPresigner(now func() time.Time, log *slog.Logger, m *metrics) *presigner {
-	p := &presigner{now: now, log: log, metrics: m, live: semaphore.NewWeighted(liveSigners), complain: rate.Sometimes{Interval: 10 * time.Second}}
-	p.wake = sync.NewCond(&p.mu)
-	return p
-}
-
-// enqueue asks for the answer to a status that just changed.
-func (p *presigner) enqueue(state State, j job) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch state {
-	case Revoked:
-		p.revoked = append(p.revoked, j)
-	case Good:
-		if len(p.issued) == backlog {
-			heap.Push(&p.later, due{p.now().Unix(), j})
-			return
-		}
-		if p.issued = append(p.issued, j); len(p.issued) == 1 {
-			p.gathered = false
-			time.AfterFunc(gatherFor, p.endGathering)
-		}
-		if len(p.issued) < maxBatch {
-			return
-		}
-	default:
-		return
-	}
-	p.wake.Signal()
-}
-
-func (p *presigner) endGathering() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.gathered = true
-	p.wake.Signal()
+	return &presigner{queue: newQueue(now), log: log, metrics: m, live: semaphore.NewWeighted(liveSigners), complain: rate.Sometimes{Interval: 10 * time.Second}}
 }
 
 // changed asks for the answer to the status that a serial has now.
@@ -141,25 +63,10 @@ func (p *presigner) changed(is *issuer, s Serial) {
 	}
 }
 
-// enqueueAll asks for every answer of an issuer that is missing: its responder became known.
-func (p *presigner) enqueueAll(is *issuer) {
+// signMissing asks for every answer of an issuer that is missing: its responder became known.
+func (p *presigner) signMissing(is *issuer) {
 	revoked, good := is.table.unsigned()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, s := range revoked {
-		p.revoked = append(p.revoked, job{is, s, hashSHA1})
-	}
-	now := p.now().Unix()
-	for _, s := range good {
-		heap.Push(&p.later, due{now, job{is, s, hashSHA1}})
-	}
-	p.wake.Broadcast()
-}
-
-func (p *presigner) schedule(at int64, j job) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	heap.Push(&p.later, due{at, j})
+	p.enqueueAll(is, revoked, good)
 }
 
 // run signs ahead until ctx ends.
@@ -167,26 +74,17 @@ func (p *presigner) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for range workers {
 		wg.Go(func() {
-			for {
-				batch, trailing := p.next()
-				if batch == nil {
-					return
+			for b := p.next(); b != nil; b = p.next() {
+				began := time.Now()
+				p.done(b, p.work(ctx, b.jobs))
+				if !b.trailing {
+					continue
 				}
-				began, rest := time.Now(), time.Duration(0)
-				if !p.work(ctx, batch) {
-					rest = pause
-				} else if trailing {
-					rest = min(time.Since(began), pause)
+				select {
+				case <-time.After(min(time.Since(began), pause)):
+				case <-ctx.Done():
 				}
-				if rest > 0 {
-					select {
-					case <-time.After(rest):
-					case <-ctx.Done():
-					}
-				}
-				if trailing {
-					p.rested()
-				}
+				p.rested()
 			}
 		})
 	}
@@ -195,69 +93,13 @@ func (p *presigner) run(ctx context.Context) error {
 	for {
 		select {
 		case <-tick.C:
-			p.mu.Lock()
-			if len(p.later) > 0 && p.later[0].at <= p.now().Unix() {
-				p.wake.Broadcast()
-			}
-			p.mu.Unlock()
+			p.look()
 		case <-ctx.Done():
-			p.mu.Lock()
-			p.closed = true
-			p.wake.Broadcast()
-			p.mu.Unlock()
+			p.close()
 			wg.Wait()
 			return nil
 		}
 	}
-}
-
-// rested lets a worker take the next of what is not urgent.
-func (p *presigner) rested() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.trailing = false
-	p.wake.Broadcast()
-}
-
-// next waits for the most urgent jobs, all of one issuer; nil when there is nothing more to do. trailing says that they are not urgent: the
-// caller rests when it has done them, and says so.
-func (p *presigner) next() (_ []job, trailing bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for {
-		switch {
-		case p.closed:
-			return nil, false
-		case len(p.revoked) > 0:
-			return take(&p.revoked), false
-		case len(p.issued) >= maxBatch || p.gathered && len(p.issued) > 0:
-			return take(&p.issued), false
-		case !p.trailing && p.overdue():
-			p.trailing = true
-			batch := []job{heap.Pop(&p.later).(due).job}
-			for len(batch) < maxBatch && p.overdue() && p.later[0].issuer == batch[0].issuer {
-				batch = append(batch, heap.Pop(&p.later).(due).job)
-			}
-			return batch, true
-		}
-		p.wake.Wait()
-	}
-}
-
-// overdue says whether something of later is due. The caller holds p.mu.
-func (p *presigner) overdue() bool { return len(p.later) > 0 && p.later[0].at <= p.now().Unix() }
-
-// take removes the first jobs of one issuer from a queue that has some.
-func take(q *[]job) []job {
-	n := 1
-	for n < min(len(*q), maxBatch) && (*q)[n].issuer == (*q)[0].issuer {
-		n++
-	}
-	batch := (*q)[:n:n]
-	if *q = (*q)[n:]; len(*q) == 0 {
-		*q = nil // gives the memory back
-	}
-	return batch
 }
 
 // work signs jobs of one issuer, but for those that somebody signed already, and sees to their refresh or retry. False means that the key failed.
@@ -275,7 +117,7 @@ func (p *presigner) work(ctx context.Context, batch []job) bool {
 		}
 		d, err := newDraft(j, view, now)
 		if errors.Is(err, errNoResponder) {
-			return true // enqueueAll follows once there is one
+			return true // signMissing follows once there is one
 		}
 		if err != nil {
 			p.retry(err, j)
@@ -290,7 +132,7 @@ func (p *presigner) work(ctx context.Context, batch []job) bool {
 		}
 		if err := p.signAll(ctx, drafts[:n], digests[:n]); err != nil {
 			for _, d := range drafts {
-				p.retry(err, d.job)
+				p.again(err, d.job)
 			}
 			return false
 		}
@@ -316,13 +158,27 @@ func (p *presigner) signAll(ctx context.Context, drafts []draft, digests [][]byt
 	return nil
 }
 
-// retry has a job done again in a second, and says why at times.
+// again has a job done again because the key failed: what was revoked as soon as the issuer has rested, the rest in a second.
+func (p *presigner) again(err error, j job) {
+	if view, ok := j.issuer.table.Lookup(j.serial); ok && view.State == Revoked {
+		p.complaint(err, j)
+		p.enqueue(Revoked, j)
+		return
+	}
+	p.retry(err, j)
+}
+
+// retry has a job done again in a second.
 func (p *presigner) retry(err error, j job) {
+	p.complaint(err, j)
+	p.schedule(p.now().Add(retryAfter).Unix(), j)
+}
+
+func (p *presigner) complaint(err error, j job) {
 	p.metrics.signFailures.Inc()
 	p.complain.Do(func() {
 		p.log.Warn("OCSP answers are not signed, trying again", "issuer", j.issuer.name, "serial", j.serial.String(), "err", err)
 	})
-	p.schedule(p.now().Add(retryAfter).Unix(), j)
 }
 
 // demand signs one answer for a request that waits for it, at most once at a time per answer, and returns when it is

@@ -80,6 +80,31 @@ func TestABacklogLeavesTheHSMsToOthers(t *testing.T) {
 	}
 }
 
+// TestADeadKeyHoldsUpNoOtherIssuer starts with thousands of certificates of two CAs to sign for, one of whose responder keys is gone.
+func TestADeadKeyHoldsUpNoOtherIssuer(t *testing.T) {
+	dead, well := newAuthority(t, "demo"), newAuthority(t, "other")
+	failure := errors.New("no HSM")
+	dead.signer.fail.Store(&failure)
+	m := newMemory("db1", "db2", "db3")
+	m.generation(dead, dead.crl(t, 7))
+	m.generation(well, well.crl(t, 7))
+	for i := range 3000 {
+		m.issue("demo-g1", []byte{0x61, byte(i >> 8), byte(i)})
+		m.issue("other-g1", []byte{0x61, byte(i >> 8), byte(i)})
+	}
+	n := start(t, m, []*authority{dead, well})
+	eventually(t, "everything of the other is signed", func() bool {
+		for _, is := range n.Position().Issuers {
+			if is.Issuer == "other-g1" {
+				return n.Position().Joined && is.Unsigned == 0
+			}
+		}
+		return false
+	})
+	dead.signer.fail.Store(nil)
+	n.settle(t)
+}
+
 func TestSignatureThatDoesNotVerifyIsNeverReleased(t *testing.T) {
 	n, a := populated(t)
 	a.signer.corrupt.Store(true)
