@@ -6,8 +6,8 @@ package ballast
 
 import "sync/atomic"
 
-// octets are counted as heap, never touched, and so no memory: a small heap grows to as much before it is collected, a large one to twice its size as
-// before.
+// octets are counted as heap, never touched, and so no memory. A small heap may grow by as much before it is collected, which is memory; a large one grows
+// to twice its size as before.
 const octets = 64 << 20
 
 var block atomic.Pointer[[octets]byte]

@@ -241,15 +241,24 @@ func draft(template *x509.Certificate, by parent, pub crypto.PublicKey) (der, tb
 
 // dress completes a TBSCertificate to a certificate that nobody signed, so that it can be parsed and linted.
 func dress(tbs []byte, by parent) ([]byte, error) {
-	s, _, err := schemeOf(by.key)
+	s, key, err := schemeOf(by.key)
 	if err != nil {
 		return nil, err
 	}
-	return s.assemble(tbs, noSignature)
+	return s.assemble(tbs, noSignature(key.Params().BitSize/8))
 }
 
-// noSignature has the form of an ECDSA signature, and is that of no message under any key: its r and s are 0.
-var noSignature = []byte{0x30, 6, 2, 1, 0, 2, 1, 0}
+// noSignature has the form and length of an ECDSA signature, and is that of no message under any key: its r and s are above the curve's order.
+func noSignature(octets int) []byte {
+	n := append([]byte{0}, bytes.Repeat([]byte{0xff}, octets)...)
+	var b cryptobyte.Builder
+	b.AddASN1(cbasn1.SEQUENCE, func(b *cryptobyte.Builder) {
+		for range 2 {
+			b.AddASN1(cbasn1.INTEGER, func(b *cryptobyte.Builder) { b.AddBytes(n) })
+		}
+	})
+	return b.BytesOrPanic()
+}
 
 // tbsFor returns what the library wants to have signed when build makes something under a key.
 func tbsFor(public crypto.PublicKey, build func(crypto.Signer) ([]byte, error)) ([]byte, error) {

@@ -371,7 +371,8 @@ func (s *supervisor) command(p Part) func(context.Context) (*exec.Cmd, error) {
 // environment is the supervisor's own, without what would mislead a child.
 func (s *supervisor) environment(p Part) []string {
 	env := slices.DeleteFunc(unmarked(os.Environ()), func(v string) bool {
-		return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "SOFTHSM2_CONF=")
+		// What a compiler needs of GOGC would multiply the ballast that the programs carry.
+		return strings.HasPrefix(v, "NOTIFY_SOCKET=") || strings.HasPrefix(v, "SOFTHSM2_CONF=") || strings.HasPrefix(v, "GOGC=")
 	})
 	if p.Role == RoleHSMD {
 		env = append(append(env, "SOFTHSM2_CONF="+softHSMConf(p)), s.plan().addition(p.Name).Env...)
