@@ -290,16 +290,6 @@ func (k *draftKey) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
 	return nil, errors.New("a digest is nothing to draft from")
 }
 
-// tbsOf returns the TBSCertificate inside a DER certificate. The slice shares der's memory.
-func tbsOf(der []byte) ([]byte, error) {
-	input := cryptobyte.String(der)
-	var outer, tbs cryptobyte.String
-	if !input.ReadASN1(&outer, cbasn1.SEQUENCE) || !input.Empty() || !outer.ReadASN1Element(&tbs, cbasn1.SEQUENCE) {
-		return nil, errors.New("reading a certificate: it is not DER")
-	}
-	return tbs, nil
-}
-
 // spkiOf returns the SubjectPublicKeyInfo inside a TBSCertificate. The slice shares tbs' memory.
 func spkiOf(tbs []byte) ([]byte, error) {
 	input := cryptobyte.String(tbs)
