@@ -295,7 +295,7 @@ func (c *Coordinator) complete(ctx context.Context, s *State, m standing, source
 // matter.
 func (c *Coordinator) Replace(ctx context.Context, r EnrollRequest) error {
 	if err := c.replace(ctx, r); err != nil {
-		return fmt.Errorf("replacing member %s of group %s: %w", r.Name, c.cfg.Group, err)
+		return c.failedTo("replacing", r.Name, err)
 	}
 	return nil
 }

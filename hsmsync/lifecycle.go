@@ -83,9 +83,9 @@ func (c *Coordinator) Recover(ctx context.Context, name, why string) error {
 	if err != nil {
 		return err
 	}
-	if m, there := s.Member(name); there {
+	if m, there := s.Member(name); there && !s.Deleted { // else assign says so
 		if err := c.look(ctx, m).err; err != nil {
-			return fmt.Errorf("recovering member %s of group %s: %w", name, c.cfg.Group, err)
+			return c.failedTo("recovering", name, err)
 		}
 	}
 	drained := false
@@ -199,11 +199,13 @@ func (c *Coordinator) spare(ctx context.Context, name string) error {
 	return fmt.Errorf("no other member proves every live key now, so that nothing could be signed; bring one back first: %w", errors.Join(why...))
 }
 
+// failedTo names the member and the group of an error.
+func (c *Coordinator) failedTo(verb, name string, err error) error {
+	return fmt.Errorf("%s member %s of group %s: %w", verb, name, c.cfg.Group, err)
+}
+
 // assign decides an entry about a member and reads it back.
 func (c *Coordinator) assign(ctx context.Context, verb, name string, next func(*State, GroupMember) (*Entry, error)) error {
-	fail := func(err error) error {
-		return fmt.Errorf("%s member %s of group %s: %w", verb, name, c.cfg.Group, err)
-	}
 	var written *Entry
 	s, err := c.decide(ctx, func(s *State) (e *Entry, err error) {
 		m, ok := s.Member(name)
@@ -218,7 +220,7 @@ func (c *Coordinator) assign(ctx context.Context, verb, name string, next func(*
 		return e, err
 	})
 	if err != nil {
-		return fail(err)
+		return c.failedTo(verb, name, err)
 	}
 	if written == nil {
 		return nil
@@ -229,7 +231,7 @@ func (c *Coordinator) assign(ctx context.Context, verb, name string, next func(*
 		m := s.members[name]
 		return m != nil && (m.N >= last.N || m.Recovered >= last.N)
 	}); err != nil {
-		return fail(err)
+		return c.failedTo(verb, name, err)
 	}
 	return nil
 }
@@ -248,7 +250,7 @@ func (c *Coordinator) readmit(ctx context.Context, verb, name string, to MemberS
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("%s member %s of group %s: %w", verb, name, c.cfg.Group, err)
+		return c.failedTo(verb, name, err)
 	}
 	return nil
 }
