@@ -163,9 +163,9 @@ func (q *queue) schedule(at int64, j job) {
 // choose returns whose turn it is and with what. The caller holds q.mu.
 func (q *queue) choose() (*line, urgency) {
 	var chosen *line
-	with, now := nothing, time.Now()
+	with := nothing
 	for _, l := range q.order {
-		if l.resting > 0 && (l.busy > 0 || now.Before(l.until)) {
+		if l.resting > 0 && (l.busy > 0 || time.Now().Before(l.until)) {
 			continue
 		}
 		u := nothing
@@ -174,7 +174,7 @@ func (q *queue) choose() (*line, urgency) {
 			u = revokedFirst
 		case len(l.issued) >= maxBatch || l.gathered && len(l.issued) > 0:
 			u = justIssued
-		case l.overdue(q.now()) && (!q.trailing || l.resting > 0):
+		case (!q.trailing || l.resting > 0) && l.overdue(q.now):
 			u = canWait
 		}
 		if u < with {
@@ -184,8 +184,10 @@ func (q *queue) choose() (*line, urgency) {
 	return chosen, with
 }
 
-// overdue says whether something that can wait is due.
-func (l *line) overdue(now time.Time) bool { return len(l.later) > 0 && l.later[0].at <= now.Unix() }
+// overdue says whether something that can wait is due. It looks at the clock only if something is there: every row of the feed comes by.
+func (l *line) overdue(now func() time.Time) bool {
+	return len(l.later) > 0 && l.later[0].at <= now().Unix()
+}
 
 // signal wakes a worker if there is something to do. Who takes a part wakes the next. The caller holds q.mu.
 func (q *queue) signal() {
@@ -218,7 +220,7 @@ func (q *queue) next() *batch {
 		case justIssued:
 			b.jobs = take(&l.issued)
 		case canWait:
-			for len(b.jobs) < maxBatch && l.overdue(q.now()) {
+			for len(b.jobs) < maxBatch && l.overdue(q.now) {
 				b.jobs = append(b.jobs, heap.Pop(&l.later).(due).job)
 			}
 			if b.trailing = l.resting == 0; b.trailing {
