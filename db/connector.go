@@ -148,6 +148,7 @@ func newConnector(cfg Config, n *node, what kind) (*connector, error) {
 	c.User, c.DBName = cfg.User, cfg.Name
 	c.Timeout, c.ReadTimeout, c.WriteTimeout = dialTimeout, what.io, what.io
 	c.InterpolateParams = true // one round trip per statement
+	c.MultiStatements = true   // and one for several, if they only read: see ExecContext
 	c.ParseTime, c.Loc = true, time.UTC
 	c.Collation = "binary"
 	c.ConnectionAttributes = "program_name:trivet-" + cfg.Role
@@ -256,6 +257,7 @@ type conn struct {
 	connector *connector
 	epoch     uint64
 	sock      *socket
+	begin     *tx // the server has not heard of it yet; nil: none
 }
 
 func (c *conn) current() bool {
@@ -285,20 +287,67 @@ func (c *conn) Close() error {
 	return nil
 }
 
-// BeginTx implements driver.ConnBeginTx.
+// BeginTx implements driver.ConnBeginTx. The server hears of the transaction with its first statement.
 func (c *conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
-	t, err := c.driverConn.BeginTx(ctx, opts)
-	if err != nil {
+	if opts != (driver.TxOptions{}) {
+		t, err := c.driverConn.BeginTx(ctx, opts)
+		if err != nil {
+			return nil, err
+		}
+		return &tx{conn: c, ctx: ctx, end: t}, nil
+	}
+	c.begin = &tx{conn: c, ctx: ctx}
+	return c.begin, nil
+}
+
+// ExecContext implements driver.ExecerContext. A statement that writes must be alone in its packet, but for START TRANSACTION before it: when another
+// node's transaction aborts ours between two statements of a packet, Galera undoes the first and then runs the second by itself, outside of
+// any transaction (10.11.19, measured: 77 of some thousand contested transactions in 14 s; none with one statement a packet).
+func (c *conn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
+	t := c.begin
+	if t == nil {
+		return c.driverConn.ExecContext(ctx, query, args)
+	}
+	res, err := c.driverConn.ExecContext(ctx, "START TRANSACTION;\n"+query, args)
+	if !errors.Is(err, driver.ErrSkip) { // else nothing was sent
+		c.begin, t.begun = nil, true // or perhaps not, which ROLLBACK does not mind
+	}
+	return res, err // of the last statement
+}
+
+// QueryContext implements driver.QueryerContext.
+func (c *conn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	if err := c.start(ctx); err != nil {
 		return nil, err
 	}
-	return &tx{Tx: t, conn: c, ctx: ctx}, nil
+	return c.driverConn.QueryContext(ctx, query, args)
+}
+
+// PrepareContext implements driver.ConnPrepareContext.
+func (c *conn) PrepareContext(ctx context.Context, query string) (driver.Stmt, error) {
+	if err := c.start(ctx); err != nil {
+		return nil, err
+	}
+	return c.driverConn.PrepareContext(ctx, query)
+}
+
+// start begins the transaction that the server has not heard of yet, if there is one.
+func (c *conn) start(ctx context.Context) error {
+	t := c.begin
+	if t == nil {
+		return nil
+	}
+	c.begin, t.begun = nil, true
+	_, err := c.driverConn.ExecContext(ctx, "START TRANSACTION", nil)
+	return err
 }
 
 // tx makes COMMIT end with the context of the transaction, which the driver does not.
 type tx struct {
-	driver.Tx
-	conn *conn
-	ctx  context.Context
+	conn  *conn
+	ctx   context.Context
+	begun bool      // with the first statement
+	end   driver.Tx // the driver's, when it began it
 }
 
 // Commit implements driver.Tx. When the context ends while the answer is awaited, the connection is closed
@@ -306,5 +355,25 @@ type tx struct {
 func (t *tx) Commit() error {
 	stop := context.AfterFunc(t.ctx, t.conn.abort)
 	defer stop()
-	return t.Tx.Commit()
+	if t.end != nil {
+		return t.end.Commit()
+	}
+	return t.finish("COMMIT")
+}
+
+// Rollback implements driver.Tx.
+func (t *tx) Rollback() error {
+	if t.end != nil {
+		return t.end.Rollback()
+	}
+	return t.finish("ROLLBACK")
+}
+
+func (t *tx) finish(how string) error {
+	t.conn.begin = nil
+	if !t.begun {
+		return nil // nothing was done in it
+	}
+	_, err := t.conn.driverConn.ExecContext(context.Background(), how, nil)
+	return err
 }

@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"trivet/db"
@@ -149,5 +150,50 @@ func TestIntentWithoutRequestIsInsertedOnce(t *testing.T) {
 	j.Serial = i.Serial
 	if _, _, err := s.InsertIntents(soon(t), []db.Intent{j}); err == nil {
 		t.Error("a taken serial was accepted")
+	}
+}
+
+// Transactions on three nodes that abort each other all the time go in whole or not at all: every intent has its TBSCertificate and its key's use, and
+// there is no more of either.
+func TestAbortedTransactionsLeaveNothing(t *testing.T) {
+	c := cluster.Need(t)
+	cfg := c.New(t)
+	const workers, rounds, batch = 4, 80, 8
+	var stores [3]*db.Store
+	for i := range stores {
+		stores[i] = dbtest.Open(t, prefer(cfg, i))
+	}
+	openLane(t, stores[0], "ca1", incarnation(1)) // who writes says that it knows where TBSCertificates are
+	var turn atomic.Int64
+	var wg sync.WaitGroup
+	for i, s := range stores {
+		for w := range workers {
+			wg.Go(func() {
+				for n := range rounds {
+					at := turn.Add(1) / (3 * workers)
+					var in []db.Intent
+					for k := range batch {
+						name := fmt.Sprint("own ", i, w, n, k)
+						if k%2 == 0 {
+							in = append(in, keyed(name, "contested", at*batch+int64(k)))
+						} else {
+							in = append(in, keyed(name, name))
+						}
+					}
+					insert(t, s, in...)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	var intents, apart, uses int
+	_, err := stores[0].Read(soon(t), "check", "", func(ctx context.Context, c *sql.Conn) error {
+		return c.QueryRowContext(ctx, "SELECT (SELECT COUNT(*) FROM intent), (SELECT COUNT(*) FROM intent_tbs), (SELECT COUNT(*) FROM key_use)").Scan(&intents, &apart, &uses)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := 3 * workers * rounds * batch / 2; intents < want || apart != intents || uses != intents {
+		t.Errorf("%d intents (at least %d are wanted), %d TBSCertificates, %d uses of keys", intents, want, apart, uses)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 )
@@ -111,37 +112,49 @@ func Lanes(ctx context.Context, q Querier) ([]LaneInfo, error) {
 // and seq. A lane that vector does not name is not read: start it at 0, and leave closed
 // ones out. The caller checks that seqs are contiguous and that hashes extend the last (see ChainHash).
 func FeedSince(ctx context.Context, q Querier, vector map[string]uint64, limit int) ([]FeedRow, error) {
-	lanes := make([]string, 0, len(vector))
-	for lane := range vector {
-		lanes = append(lanes, lane)
-	}
-	slices.Sort(lanes)
 	var out []FeedRow
-	// One round trip for many lanes; one statement for a hundred at most.
-	for part := range slices.Chunk(lanes, 100) {
+	for _, s := range feedStatements(vector, limit) {
+		err := query(ctx, q, func(r *sql.Rows) error {
+			row, err := scanFeed(r)
+			out = append(out, row)
+			return err
+		}, s.text, s.args...)
+		if err != nil {
+			return nil, fmt.Errorf("reading the feed: %w", err)
+		}
+	}
+	sortFeed(out)
+	return out, nil
+}
+
+// statement is SQL with its arguments.
+type statement struct {
+	text string
+	args []any
+}
+
+// feedStatements are the queries of FeedSince: one for many lanes, but for a hundred at most.
+func feedStatements(vector map[string]uint64, limit int) []statement {
+	var out []statement
+	for part := range slices.Chunk(slices.Sorted(maps.Keys(vector)), 100) {
 		var args []any
 		for _, lane := range part {
 			args = append(args, lane, vector[lane], limit)
 		}
 		one := "(SELECT " + feedColumns + " FROM feed WHERE lane = ? AND seq > ? ORDER BY seq LIMIT ?)"
-		text := strings.TrimSuffix(strings.Repeat(one+" UNION ALL ", len(part)), " UNION ALL ")
-		err := query(ctx, q, func(r *sql.Rows) error {
-			row, err := scanFeed(r)
-			out = append(out, row)
-			return err
-		}, text, args...)
-		if err != nil {
-			return nil, fmt.Errorf("reading the feed: %w", err)
-		}
+		out = append(out, statement{strings.TrimSuffix(strings.Repeat(one+" UNION ALL ", len(part)), " UNION ALL "), args})
 	}
-	// UNION ALL promises no order.
-	slices.SortFunc(out, func(a, b FeedRow) int {
+	return out
+}
+
+// sortFeed orders rows by lane and seq: UNION ALL promises no order.
+func sortFeed(rows []FeedRow) {
+	slices.SortFunc(rows, func(a, b FeedRow) int {
 		if c := strings.Compare(a.Lane, b.Lane); c != 0 {
 			return c
 		}
 		return compareUint(a.Seq, b.Seq)
 	})
-	return out, nil
 }
 
 const feedColumns = "lane, seq, kind, issuer, serial, payload, chain"

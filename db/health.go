@@ -1,6 +1,7 @@
 package db
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -174,7 +175,8 @@ func probe(ctx context.Context, db *sql.DB) (NodeHealth, error) {
 	var h NodeHealth
 	rows, err := db.QueryContext(ctx, `SHOW GLOBAL STATUS WHERE Variable_name IN
 		('wsrep_ready', 'wsrep_cluster_status', 'wsrep_local_state', 'wsrep_local_state_comment', 'wsrep_cluster_size', 'wsrep_local_state_uuid',
-		'wsrep_cluster_state_uuid', 'wsrep_cluster_conf_id', 'Uptime')`)
+		'wsrep_cluster_state_uuid', 'wsrep_cluster_conf_id', 'Uptime');
+		SELECT @@global.read_only, @@global.wsrep_reject_queries`)
 	if err != nil {
 		return h, err
 	}
@@ -198,13 +200,16 @@ func probe(ctx context.Context, db *sql.DB) (NodeHealth, error) {
 	h.primary = status["wsrep_cluster_status"] == "Primary" && status["wsrep_local_state"] == "4"
 	h.Size, _ = strconv.Atoi(status["wsrep_cluster_size"]) // "" while it starts
 	h.History = status["wsrep_local_state_uuid"]
-	var readOnly bool
-	var reject string
 	if status["wsrep_ready"] != "ON" {
 		h.Cause = "not ready: " + h.State
-		return h, nil
+		return h, nil // whatever it says to the second question
 	}
-	if err := db.QueryRowContext(ctx, "SELECT @@global.read_only, @@global.wsrep_reject_queries").Scan(&readOnly, &reject); err != nil {
+	var readOnly bool
+	var reject string
+	if !rows.NextResultSet() || !rows.Next() {
+		return h, cmp.Or(rows.Err(), sql.ErrNoRows)
+	}
+	if err := rows.Scan(&readOnly, &reject); err != nil {
 		return h, err
 	}
 	switch {
