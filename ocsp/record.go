@@ -4,9 +4,9 @@ import (
 	"bytes"
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 	"math"
+	"sync/atomic"
 
 	"trivet/db"
 )
@@ -57,44 +57,44 @@ const (
 
 // NewRecord returns the record kept in store. self says how this process appears in va_member; its N, Event and Created
 // are not used.
-func NewRecord(store *db.Store, self db.Member) Record { return &record{store, self} }
+func NewRecord(store *db.Store, self db.Member) Record {
+	r := &record{store: store, self: self}
+	r.lanes.Store(&laneSet{})
+	return r
+}
 
 type record struct {
 	store *db.Store
 	self  db.Member
+	lanes atomic.Pointer[laneSet] // as last read
 }
 
-// Head runs three statements, each of which waits for what was committed before it began. The members come first and the
-// lanes before their rows: what is missed that way was committed after the call.
+// Head asks for the rows of the lanes it knew last time, in the same round trip with what tells whether there are others. Each statement waits for
+// what was committed before it began. The members come first and the lanes before their rows: what is missed that way was committed
+// after the call.
 func (r *record) Head(ctx context.Context, except string, vector map[string]uint64, limit int) (Head, string, error) {
 	var head Head
 	node, err := r.store.Read(ctx, "ocsp head", except, func(ctx context.Context, c *sql.Conn) error {
-		head = Head{}
-		m := db.Member{VA: r.self.VA}
-		err := c.QueryRowContext(ctx, "SELECT n, event, incarnation FROM va_member WHERE va = ? ORDER BY n DESC LIMIT 1", m.VA).
-			Scan(&m.N, &m.Event, &m.Incarnation)
-		switch {
-		case err == nil:
-			head.Member = &m
-		case !errors.Is(err, sql.ErrNoRows):
-			return err
-		}
-		if head.Round, err = db.ReadRoundState(ctx, c); err != nil {
-			return err
-		}
-		lanes, err := db.Lanes(ctx, c)
+		lanes := r.lanes.Load()
+		read, err := db.ReadFeedHead(ctx, c, r.self.VA, beyond(vector, lanes.names), limit)
 		if err != nil {
 			return err
 		}
-		from := make(map[string]uint64, len(lanes))
-		for _, l := range lanes {
-			if at := vector[l.Lane]; at != LaneEnded {
-				from[l.Lane] = at
+		if read.Lanes != lanes.mark {
+			all, err := db.Lanes(ctx, c)
+			if err != nil {
+				return err
 			}
+			now := &laneSet{mark: read.Lanes}
+			for _, l := range all {
+				now.names = append(now.names, l.Lane)
+			}
+			if read.Rows, err = db.FeedSince(ctx, c, beyond(vector, now.names), limit); err != nil {
+				return err
+			}
+			r.lanes.Store(now)
 		}
-		if head.Rows, err = db.FeedSince(ctx, c, from, limit); err != nil {
-			return err
-		}
+		head = Head{Member: read.Member, Round: read.Round, Rows: read.Rows}
 		run := 0
 		for i, row := range head.Rows {
 			if i == 0 || row.Lane != head.Rows[i-1].Lane {
@@ -107,6 +107,23 @@ func (r *record) Head(ctx context.Context, except string, vector map[string]uint
 		return nil
 	})
 	return head, node, err
+}
+
+// laneSet is every lane there was at some reading, or a few more.
+type laneSet struct {
+	mark  db.LaneMark
+	names []string
+}
+
+// beyond returns where to read lanes on from; those that have ended are left out.
+func beyond(vector map[string]uint64, lanes []string) map[string]uint64 {
+	from := make(map[string]uint64, len(lanes))
+	for _, lane := range lanes {
+		if at := vector[lane]; at != LaneEnded {
+			from[lane] = at
+		}
+	}
+	return from
 }
 
 // tip returns this name's newest membership row; the zero Member when there is none.
