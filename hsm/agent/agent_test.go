@@ -177,6 +177,40 @@ func TestCallersThatGiveUpLeaveTheQueue(t *testing.T) {
 	}
 }
 
+// Signatures under way are made to their end, no further ones are begun, and nothing is held against the token.
+func TestACallerThatGivesUpWithinABatchEndsNothing(t *testing.T) {
+	w := open(t)
+	gate, inside := make(chan struct{}), make(chan struct{}, 64)
+	var made atomic.Int64
+	token := &faulty{Token: w.token, sign: func(key hsm.KeyID, d []byte) ([]byte, error) {
+		if key != w.token.Probe().ID {
+			inside <- struct{}{}
+			<-gate
+			made.Add(1)
+		}
+		return w.token.Sign(key, d)
+	}}
+	s := serve(t, token, nil)
+	c, k := s.client(identity.RoleCA), w.keys[hsm.PurposeCA]
+	ctx, cancel := context.WithCancel(soon(t))
+	answer := make(chan error, 1)
+	go func() { _, err := c.Sign(ctx, request(k.ID, hsmtest.Digests(32))); answer <- err }()
+	for range 4 { // of one batch at once
+		<-inside
+	}
+	cancel()
+	hsmtest.WantClass(t, <-answer, hsm.ClassDevice)
+	eventually(t, "the request has left", func() bool { return s.Info().InFlight == 0 })
+	close(gate)
+	eventually(t, "the module is empty", func() bool { return made.Load() == 4 })
+	if _, err := c.Sign(soon(t), request(k.ID, hsmtest.Digests(8))); err != nil {
+		t.Error(err)
+	}
+	if n := made.Load(); n != 4+8 || len(s.fatal) > 0 {
+		t.Errorf("%d signatures were made, want 12; fatal: %d", n, len(s.fatal))
+	}
+}
+
 func TestALyingTokenLosesItsCapability(t *testing.T) {
 	w := open(t)
 	var lie atomic.Bool

@@ -96,6 +96,8 @@ const (
 	lookEvery, lookShare = time.Minute, 1000
 	// parallel bounds how many digests of one batch are in the module at once, so that one caller cannot have it all.
 	parallel = 4
+	// together bounds how many digests of a batch are signed one after another in one place of the module, before whoever waits for it has its turn.
+	together = 4
 	// managers bounds the management requests that run or wait. They are served one at a time.
 	managers = 16
 )

@@ -77,12 +77,17 @@ func (w *watchdog) given(op string) error {
 // call runs fn in the module, waiting for a slot first. The caller gets its answer when fn returns, ctx ends, or the
 // process is given up, whichever is first; fn itself is watched to its end in any case.
 func call[T any](ctx context.Context, w *watchdog, op string, limit time.Duration, fn func() (T, error)) (T, error) {
+	return calls(ctx, w, op, limit, func(func()) (T, error) { return fn() })
+}
+
+// calls is call for a few calls, one after another: fn says when the next one begins. Each has limit for itself.
+func calls[T any](ctx context.Context, w *watchdog, op string, limit time.Duration, fn func(next func()) (T, error)) (T, error) {
 	free, err := w.slot(ctx, op)
 	if err != nil {
 		var zero T
 		return zero, err
 	}
-	return watch(ctx, w, op, limit, free, fn)
+	return watchCalls(ctx, w, op, limit, free, fn)
 }
 
 // slot waits for a place in the module.
@@ -116,6 +121,11 @@ func mortal(op string, err error) bool {
 
 // watch is call without a slot; free runs when fn has returned.
 func watch[T any](ctx context.Context, w *watchdog, op string, limit time.Duration, free func(), fn func() (T, error)) (T, error) {
+	return watchCalls(ctx, w, op, limit, free, func(func()) (T, error) { return fn() })
+}
+
+// watchCalls is calls without a slot; free runs when fn has returned.
+func watchCalls[T any](ctx context.Context, w *watchdog, op string, limit time.Duration, free func(), fn func(next func()) (T, error)) (T, error) {
 	type result struct {
 		value T
 		err   error
@@ -132,10 +142,15 @@ func watch[T any](ctx context.Context, w *watchdog, op string, limit time.Durati
 		w.giveUp(fmt.Errorf("%s: the module did not return within %s, and a PKCS#11 call cannot be cancelled", op, limit))
 	})
 	go func() {
-		value, err := fn()
+		seconds := w.metrics.seconds.WithLabelValues(op)
+		value, err := fn(func() {
+			timer.restart()
+			seconds.Observe(time.Since(began).Seconds())
+			began = time.Now()
+		})
 		timer.stop()
 		free()
-		w.metrics.seconds.WithLabelValues(op).Observe(time.Since(began).Seconds())
+		seconds.Observe(time.Since(began).Seconds())
 		answer <- result{value, err} // before giving up, so that whoever brought the news is told its own cause
 		if mortal(op, err) {
 			w.giveUp(fmt.Errorf("the token is lost to this process: %w", err))
@@ -187,6 +202,16 @@ func (c *clock) tick() {
 		return
 	}
 	c.timer.Reset(c.step)
+}
+
+// restart gives the whole limit again, unless it ran out.
+func (c *clock) restart() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.left > 0 {
+		c.left = ticks
+		c.timer.Reset(c.step)
+	}
 }
 
 func (c *clock) stop() {
