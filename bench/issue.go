@@ -68,7 +68,7 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 // issueNodes measures two CA nodes that issue beside one that does while the other keeps copies for it, and does nothing else: on a machine that they share, the
 // second must at least not cost.
 func issueNodes(ctx context.Context, s *site) ([]Row, error) {
-	two, err := s.rate(ctx)
+	two, err := s.rate(ctx, 32)
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +76,7 @@ func issueNodes(ctx context.Context, s *site) ([]Row, error) {
 	if err != nil {
 		return nil, err
 	}
-	one, err := s.rate(ctx)
+	one, err := s.rate(ctx, 32)
 	if err := errors.Join(err, putBack()); err != nil {
 		return nil, err
 	}
@@ -137,10 +137,10 @@ func (s *site) issue(ctx context.Context, clients int) (load.Result, cpuTable, e
 	return r, before, err
 }
 
-// rate is what 32 clients get, per second.
-func (s *site) rate(ctx context.Context) (float64, error) {
+// rate is what so many clients get, per second.
+func (s *site) rate(ctx context.Context, clients int) (float64, error) {
 	return median(runs, func() (float64, error) {
-		r, _, err := s.issue(ctx, 32)
+		r, _, err := s.issue(ctx, clients)
 		return r.PerSecond, err
 	})
 }

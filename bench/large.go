@@ -38,7 +38,7 @@ func issueLarge(ctx context.Context, s *site) ([]Row, error) {
 	if err := s.setPool(ctx, largePool); err != nil {
 		return nil, err
 	}
-	empty, err := s.rate(ctx)
+	empty, err := s.rate(ctx, 32)
 	if err != nil {
 		return nil, err
 	}
@@ -68,14 +68,14 @@ func issueLarge(ctx context.Context, s *site) ([]Row, error) {
 	if total < 4*largePool {
 		return nil, fmt.Errorf("the record has %d octets: less than four times the buffer pool", total)
 	}
-	large, err := s.rate(ctx)
+	large, err := s.rate(ctx, 32)
 	if err != nil {
 		return nil, err
 	}
 	if err := s.setPool(ctx, smallPool); err != nil {
 		return nil, err
 	}
-	starved, err := s.rate(ctx)
+	starved, err := s.rate(ctx, 32)
 	if err != nil {
 		return nil, err
 	}

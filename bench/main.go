@@ -48,7 +48,7 @@ func main() {
 func run(ctx context.Context) (err error) {
 	benches := []bench{
 		{[]string{"issue_1", "issue_8", "issue_32", "issue_bulk"}, issuing},
-		{[]string{"issue_limit"}, issueLimit},
+		{[]string{"issue_limit", "issue_full"}, issueLimit},
 		{[]string{"issue_nodes"}, issueNodes},
 		{[]string{"row_cost"}, rowCost},
 		{[]string{"ocsp_keepalive"}, ocspKeepalive},
