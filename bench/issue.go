@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"trivet/cluster"
@@ -66,23 +67,32 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 }
 
 // issueNodes measures two CA nodes that issue beside one that does while the other keeps copies for it, and does nothing else: on a machine that they share, the
-// second must at least not cost.
+// second must at least not cost. The two take turns, since the machine may be slower a minute later.
 func issueNodes(ctx context.Context, s *site) ([]Row, error) {
-	two, err := s.rate(ctx, 32)
-	if err != nil {
-		return nil, err
+	const turns = 5
+	var two, one []float64
+	for range turns {
+		r, _, err := s.issue(ctx, 32)
+		if err != nil {
+			return nil, err
+		}
+		two = append(two, r.PerSecond)
+		putBack, err := s.unbalance(ctx, "ca2")
+		if err != nil {
+			return nil, err
+		}
+		r, _, err = s.issue(ctx, 32)
+		if err := errors.Join(err, putBack()); err != nil {
+			return nil, err
+		}
+		one = append(one, r.PerSecond)
 	}
-	putBack, err := s.unbalance(ctx, "ca2")
-	if err != nil {
-		return nil, err
-	}
-	one, err := s.rate(ctx, 32)
-	if err := errors.Join(err, putBack()); err != nil {
-		return nil, err
-	}
+	slices.Sort(two)
+	slices.Sort(one)
+	both, alone := two[turns/2], one[turns/2]
 	return []Row{{
-		Name: "issue_nodes", Value: two, Unit: "cert/s", Reference: "one CA node issues, the other keeps its copies", ReferenceValue: one,
-		Ratio: two / one, Goal: ">=1x", Met: two >= one,
+		Name: "issue_nodes", Value: both, Unit: "cert/s", Reference: "one CA node issues, the other keeps its copies", ReferenceValue: alone,
+		Ratio: both / alone, Goal: ">=1x", Met: both >= alone,
 	}}, nil
 }
 
