@@ -69,30 +69,40 @@ func issuing(ctx context.Context, s *site) ([]Row, error) {
 // issueNodes measures two CA nodes that issue beside one that does while the other keeps copies for it, and does nothing else: on a machine that they share, the
 // second must at least not cost. The two take turns, since the machine may be slower a minute later.
 func issueNodes(ctx context.Context, s *site) ([]Row, error) {
-	const turns = 5
-	var two, one []float64
-	for range turns {
+	const turns = 6
+	var two, one, ratios []float64
+	issue := func(rates *[]float64) error {
 		r, _, err := s.issue(ctx, 32)
-		if err != nil {
-			return nil, err
+		*rates = append(*rates, r.PerSecond)
+		return err
+	}
+	for turn := range turns {
+		if turn%2 == 0 { // neither is always the later one
+			if err := issue(&two); err != nil {
+				return nil, err
+			}
 		}
-		two = append(two, r.PerSecond)
 		putBack, err := s.unbalance(ctx, "ca2")
 		if err != nil {
 			return nil, err
 		}
-		r, _, err = s.issue(ctx, 32)
-		if err := errors.Join(err, putBack()); err != nil {
+		if err := errors.Join(issue(&one), putBack()); err != nil {
 			return nil, err
 		}
-		one = append(one, r.PerSecond)
+		if turn%2 == 1 {
+			if err := issue(&two); err != nil {
+				return nil, err
+			}
+		}
+		ratios = append(ratios, two[turn]/one[turn])
 	}
-	slices.Sort(two)
-	slices.Sort(one)
-	both, alone := two[turns/2], one[turns/2]
+	for _, values := range [][]float64{two, one, ratios} {
+		slices.Sort(values)
+	}
+	ratio := (ratios[turns/2-1] + ratios[turns/2]) / 2
 	return []Row{{
-		Name: "issue_nodes", Value: both, Unit: "cert/s", Reference: "one CA node issues, the other keeps its copies", ReferenceValue: alone,
-		Ratio: both / alone, Goal: ">=1x", Met: both >= alone,
+		Name: "issue_nodes", Value: two[turns/2], Unit: "cert/s", Reference: "one CA node issues, the other keeps its copies", ReferenceValue: one[turns/2],
+		Ratio: ratio, Goal: ">=1x", Met: ratio >= 1,
 	}}, nil
 }
 

@@ -36,11 +36,14 @@ func issueLimit(ctx context.Context, s *site) ([]Row, error) {
 		{"a request and its answer over two TLS hops, its JSON read", func(ctx context.Context) (time.Duration, error) { return s.costOfRequest(ctx, idle) }},
 		{"CSR, policy, certificate and lint", costOfDraft},
 		{"a signature of the token, through its agent, verified", costOfSignature},
-		{"the certificate put together, parsed, compared and verified", costOfCertificate},
+		{"the certificate put together, parsed and compared", costOfCertificate},
 		{"three records in the journal, one of them at the second holder", costOfJournals},
 		{"rows on three database nodes, read back; two responders that follow and sign", func(ctx context.Context) (time.Duration, error) { return s.costOfRows(ctx, idle) }},
 	} {
 		cost, err := part.cost(ctx)
+		if err == nil && cost <= 0 {
+			err = errors.New("nothing was measured")
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", part.what, err)
 		}
@@ -136,7 +139,7 @@ func (s *site) costOfRequest(ctx context.Context, idle map[string]float64) (time
 
 func costOfDraft(ctx context.Context) (time.Duration, error) {
 	r, err := goBench(ctx, "./ca", "Draft$", "2000x")
-	return time.Duration(r.metric("ns/op")), err
+	return time.Duration(r.metric("cpu-ns/op")), err
 }
 
 func costOfSignature(ctx context.Context) (time.Duration, error) {
@@ -144,9 +147,10 @@ func costOfSignature(ctx context.Context) (time.Duration, error) {
 	return time.Duration(r.metric("direct-cpu-ns")), err
 }
 
+// costOfCertificate leaves out that the certificate's signature is verified, which the group has done.
 func costOfCertificate(ctx context.Context) (time.Duration, error) {
 	r, err := goBench(ctx, "./ca", "Certify$", "2000x")
-	return time.Duration(r.metric("ns/op")), err
+	return time.Duration(r.metric("cpu-ns/op") - r.metric("verify-ns/op")), err
 }
 
 func costOfJournals(ctx context.Context) (time.Duration, error) {

@@ -309,8 +309,13 @@ func (c *conn) ExecContext(ctx context.Context, query string, args []driver.Name
 		return c.driverConn.ExecContext(ctx, query, args)
 	}
 	res, err := c.driverConn.ExecContext(ctx, "START TRANSACTION;\n"+query, args)
-	if !errors.Is(err, driver.ErrSkip) { // else nothing was sent
-		c.begin, t.begun = nil, true // or perhaps not, which ROLLBACK does not mind
+	if errors.Is(err, driver.ErrSkip) {
+		return res, err // nothing was sent
+	}
+	t.begun = true // or perhaps not, which ROLLBACK does not mind
+	var refused *mysql.MySQLError
+	if err == nil || errors.As(err, &refused) {
+		c.begin = nil // else nobody knows, and no later statement may go without
 	}
 	return res, err // of the last statement
 }
@@ -337,8 +342,11 @@ func (c *conn) start(ctx context.Context) error {
 	if t == nil {
 		return nil
 	}
-	c.begin, t.begun = nil, true
+	t.begun = true
 	_, err := c.driverConn.ExecContext(ctx, "START TRANSACTION", nil)
+	if err == nil {
+		c.begin = nil
+	}
 	return err
 }
 

@@ -92,7 +92,7 @@ func (a *attempts) transaction(ctx context.Context, body func(context.Context, *
 	return None, nil
 }
 
-// connectClass judges an error of beginning: nothing was sent, so what is not the server's refusal is the network's.
+// connectClass judges an error of connecting: nothing was sent, so what is not the server's refusal is the network's.
 func connectClass(err error) Class {
 	if c := classify(err); c != None {
 		return c

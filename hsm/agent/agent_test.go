@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"trivet/health"
 	"trivet/hsm"
 	"trivet/hsm/agent"
@@ -177,7 +179,7 @@ func TestCallersThatGiveUpLeaveTheQueue(t *testing.T) {
 	}
 }
 
-// Signatures under way are made to their end, no further ones are begun, and nothing is held against the token.
+// Signatures under way are made to their end and counted, no further ones are begun, and nothing is held against the token.
 func TestACallerThatGivesUpWithinABatchEndsNothing(t *testing.T) {
 	w := open(t)
 	gate, inside := make(chan struct{}), make(chan struct{}, 64)
@@ -190,7 +192,22 @@ func TestACallerThatGivesUpWithinABatchEndsNothing(t *testing.T) {
 		}
 		return w.token.Sign(key, d)
 	}}
-	s := serve(t, token, nil)
+	registry := prometheus.NewRegistry()
+	s := serve(t, token, func(c *agent.Config) { c.Metrics = registry })
+	counted := func() (n float64) {
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			for _, m := range f.GetMetric() {
+				if f.GetName() == "trivet_hsm_signatures_total" {
+					n += m.GetCounter().GetValue()
+				}
+			}
+		}
+		return n
+	}
 	c, k := s.client(identity.RoleCA), w.keys[hsm.PurposeCA]
 	ctx, cancel := context.WithCancel(soon(t))
 	answer := make(chan error, 1)
@@ -202,12 +219,12 @@ func TestACallerThatGivesUpWithinABatchEndsNothing(t *testing.T) {
 	hsmtest.WantClass(t, <-answer, hsm.ClassDevice)
 	eventually(t, "the request has left", func() bool { return s.Info().InFlight == 0 })
 	close(gate)
-	eventually(t, "the module is empty", func() bool { return made.Load() == 4 })
+	eventually(t, "the four are made and counted", func() bool { return made.Load() == 4 && counted() == 4 })
 	if _, err := c.Sign(soon(t), request(k.ID, hsmtest.Digests(8))); err != nil {
 		t.Error(err)
 	}
-	if n := made.Load(); n != 4+8 || len(s.fatal) > 0 {
-		t.Errorf("%d signatures were made, want 12; fatal: %d", n, len(s.fatal))
+	if n := made.Load(); n != 4+8 || counted() != 4+8 || len(s.fatal) > 0 {
+		t.Errorf("%d signatures were made and %v counted, want 12; fatal: %d", n, counted(), len(s.fatal))
 	}
 }
 

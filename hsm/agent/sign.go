@@ -66,13 +66,14 @@ func (s *Server) batch(ctx context.Context, t Token, caller string, k hsm.KeyRec
 	// A goroutine for each signature, whose stack grows on its way into the module, took a tenth of an agent's time.
 	parts := slices.Collect(slices.Chunk(digests, min(together, (len(digests)+parallel-1)/parallel)))
 	results := make([][][]byte, len(parts))
-	var next, made atomic.Int64
+	var next atomic.Int64
 	var wg sync.WaitGroup
 	for range min(parallel, len(parts)) {
 		wg.Go(func() {
 			for n := int(next.Add(1)) - 1; n < len(parts) && ctx.Err() == nil; n = int(next.Add(1)) - 1 {
 				sigs, err := calls(ctx, s.dog, "sign", s.cfg.CallTimeout, func(next func()) ([][]byte, error) {
 					sigs := make([][]byte, 0, len(parts[n]))
+					defer func() { s.count(caller, k, len(sigs)) }() // here, since nobody may wait for them any more
 					for i, digest := range parts[n] {
 						if i > 0 {
 							if ctx.Err() != nil {
@@ -84,7 +85,6 @@ func (s *Server) batch(ctx context.Context, t Token, caller string, k hsm.KeyRec
 						if err != nil {
 							return nil, err
 						}
-						made.Add(1)
 						sigs = append(sigs, sig)
 					}
 					return sigs, nil
@@ -98,11 +98,6 @@ func (s *Server) batch(ctx context.Context, t Token, caller string, k hsm.KeyRec
 		})
 	}
 	wg.Wait()
-	count := made.Load() // also of what nobody waited for any more
-	s.metrics.signatures.WithLabelValues(string(k.Purpose), string(k.ID)).Add(float64(count))
-	s.countsMu.Lock()
-	s.counts[signed{caller, k.ID}] += uint64(count)
-	s.countsMu.Unlock()
 	if sigs := slices.Concat(results...); len(sigs) == len(digests) {
 		return sigs, nil
 	}
@@ -111,6 +106,14 @@ func (s *Server) batch(ctx context.Context, t Token, caller string, k hsm.KeyRec
 		err = &hsm.Error{Class: hsm.ClassDevice, Op: "sign", Err: err}
 	}
 	return nil, err
+}
+
+// count adds signatures that were made to the metrics and to what the audit record will say of the caller.
+func (s *Server) count(caller string, k hsm.KeyRecord, made int) {
+	s.metrics.signatures.WithLabelValues(string(k.Purpose), string(k.ID)).Add(float64(made))
+	s.countsMu.Lock()
+	defer s.countsMu.Unlock()
+	s.counts[signed{caller, k.ID}] += uint64(made)
 }
 
 // challenge proves possession of a key: the agent builds what is signed, and records it before it is signed.
