@@ -76,21 +76,21 @@ func issueNodes(ctx context.Context, s *site) ([]Row, error) {
 		*rates = append(*rates, r.PerSecond)
 		return err
 	}
-	for turn := range turns {
-		if turn%2 == 0 { // neither is always the later one
-			if err := issue(&two); err != nil {
-				return nil, err
-			}
-		}
+	both := func() error { return issue(&two) }
+	alone := func() error {
 		putBack, err := s.unbalance(ctx, "ca2")
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if err := errors.Join(issue(&one), putBack()); err != nil {
-			return nil, err
+		return errors.Join(issue(&one), putBack())
+	}
+	for turn := range turns {
+		order := []func() error{both, alone}
+		if turn%2 == 1 { // neither is always the later one
+			slices.Reverse(order)
 		}
-		if turn%2 == 1 {
-			if err := issue(&two); err != nil {
+		for _, measure := range order {
+			if err := measure(); err != nil {
 				return nil, err
 			}
 		}
